@@ -1,0 +1,39 @@
+# Everything a person does with the repository. `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+DATASET ?= digits
+# A folder of data sets inside or beside the checkout is used if there is one; INFOTDA_DATA overrides.
+INFOTDA_DATA ?= $(abspath $(firstword $(wildcard data ../data ../shared/data)))
+export INFOTDA_DATA
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check export readme clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/ready  ## train, attribute ten test images by three methods, write out/ (DATASET=digits or fashion_mnist)
+	$(BIN)/python -m infotda.demo --dataset $(DATASET) --out out
+
+test: .venv/ready  ## every check: in sync, lint, house rules, every notebook from a fresh kernel, all tests
+	$(BIN)/python -m pytest tests nbs --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -q
+
+check: .venv/ready  ## the fast part of `make test`: in sync, lint, house rules
+	$(BIN)/python -m pytest tests/test_repo.py -q
+
+export: .venv/ready  ## notebooks -> infotda/, cleaned, and README.md
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/notebooks.py readme
+
+readme: .venv/ready  ## README.md from nbs/index.ipynb
+	$(BIN)/python tests/notebooks.py readme
+
+clean:  ## remove the environment and everything a run left behind
+	rm -rf .venv out build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+
+.venv/ready: setup.py settings.ini constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "infotda needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
