@@ -1,0 +1,40 @@
+"""Lets nbval check notebooks as nbdev keeps them, and fails a run in which a notebook was left out."""
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SKIP = re.compile(r"^\s*#\s*\|\s*(notest|gpu|eval:\s*false)\b", re.MULTILINE | re.IGNORECASE)
+passed_in = {}  # notebook -> how many of its cells passed
+
+
+def pytest_itemcollected(item):
+    if type(item).__name__ != "IPyNbCell":
+        return
+    if SKIP.search(item.cell.source):
+        item.options["skip"] = True
+    if item.cell.execution_count is None:  # cleaned away by nbdev; nbval would read it as "never run"
+        item.cell.execution_count = 0
+    item.parent.sanitize_patterns[r" at 0x[0-9a-fA-F]+"] = ""
+
+
+def notebooks():
+    "Every notebook that a complete run has to execute."
+    return {p for p in HERE.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(HERE).parts)}
+
+
+def pytest_runtest_logreport(report):
+    path = Path(report.nodeid.split("::")[0])
+    if report.when == "call" and report.passed and path.suffix == ".ipynb":
+        passed_in[path.name] = passed_in.get(path.name, 0) + 1
+
+
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    complete = HERE in {Path(config.invocation_params.dir, arg).resolve() for arg in config.args}
+    if not complete or not (config.option.nbval or config.option.nbval_lax) or config.option.keyword or config.option.collectonly:
+        return
+    missing = sorted(p.name for p in notebooks() if not passed_in.get(p.name))
+    if missing:
+        session.exitstatus = 1
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        reporter.write_line(f"\nnotebooks of which no cell ran: {', '.join(missing)}", red=True)
