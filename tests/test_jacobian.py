@@ -1,0 +1,205 @@
+"""Per-example Jacobians against autograd, one example at a time, over many kinds of models."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from infotda.data import load_torchvision
+from infotda.jacobian import check_ready, flatten_jacobian, per_example_jacobian, select_params
+from infotda.models import MLP, ResNet9
+from infotda.outputs import batch_size, call_model, log_prob, logit, map_batch, margin, token_log_prob, true_logit
+
+
+class Attention(nn.Module):
+    "Embedding, masked self-attention, layer norm; keyword inputs and an object with .logits, as hub models have."
+
+    def __init__(self, vocabulary=30, width=8, heads=2, classes=4):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width, padding_idx=0)
+        self.attend = nn.MultiheadAttention(width, heads, dropout=0.1, batch_first=True)
+        self.norm, self.drop, self.head = nn.LayerNorm(width), nn.Dropout(0.1), nn.Linear(width, classes)
+
+    def forward(self, input_ids, attention_mask):
+        h = self.embed(input_ids)
+        mixed, _ = self.attend(h, h, h, key_padding_mask=attention_mask == 0, need_weights=False)
+        h = self.norm(h + self.drop(mixed)) * attention_mask[..., None]
+        return {"logits": self.head(h.sum(1) / attention_mask.sum(1, keepdim=True))}
+
+
+class TiedDecoder(nn.Module):
+    "A causal language model whose embedding scores the tokens as well."
+
+    def __init__(self, vocabulary=13, width=8):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.block = nn.TransformerEncoderLayer(width, 2, 16, batch_first=True)
+        self.score = nn.Linear(width, vocabulary, bias=False)
+        self.score.weight = self.embed.weight
+
+    def forward(self, input_ids, use_cache=True):
+        T = input_ids.shape[1]
+        causal = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).triu(1)
+        return {"logits": self.score(self.block(self.embed(input_ids), src_mask=causal))}
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(2, 6, 3, groups=2, stride=2, dilation=2), nn.GroupNorm(3, 6), nn.GELU(),
+        nn.Flatten(2), nn.Conv1d(6, 4, 3, padding=1), nn.Flatten(), nn.Linear(36, 3))
+
+
+def build(name):
+    "A model in evaluation mode, a batch of four examples, and the output to differentiate, all in float64."
+    torch.manual_seed(0)
+    y = torch.tensor([2, 0, 1, 2])
+    images = torch.rand(4, 3, 32, 32)
+    if name == "mlp":
+        case = MLP([64, 16, 8, 10]), (torch.rand(4, 1, 8, 8), y), margin()
+    elif name == "mlp with bias":
+        case = MLP([64, 16, 10], bias=True), (torch.rand(4, 1, 8, 8), y), log_prob()
+    elif name == "resnet9":
+        case = ResNet9(), (images, y), margin()
+    elif name == "resnet18":
+        case = load_torchvision().models.resnet18(weights=None, num_classes=5), (images, y), true_logit()
+    elif name == "attention":
+        ids = torch.randint(1, 30, (4, 6))
+        mask = (torch.arange(6) < torch.tensor([[6], [3], [1], [5]])).long()
+        case = Attention(), {"input_ids": ids * mask, "attention_mask": mask, "labels": y}, margin()
+    elif name == "tied decoder":
+        ids = torch.randint(0, 13, (4, 5))
+        case = TiedDecoder(), {"input_ids": ids, "labels": ids.clone().index_fill_(1, torch.tensor([1]), -100), "use_cache": False}, token_log_prob()
+    elif name == "convolutions":
+        case = convolutions(), torch.rand(4, 2, 10, 10), logit(2)
+    model, batch, output = case
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        with torch.no_grad():  # running statistics that are not mean 0, variance 1
+            model.train()(torch.rand(8, 3, 32, 32))
+    return to(model, batch, torch.float64) + (output,)
+
+
+def to(model, batch, dtype, device="cpu"):
+    batch = map_batch(lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), batch)
+    return copy.deepcopy(model).to(device, dtype).eval(), batch
+
+
+def one_at_a_time(model, batch, output):
+    "The oracle: a plain backward pass for each example."
+    params = dict(model.named_parameters())
+    rows = []
+    for i in range(batch_size(batch)):
+        one = map_batch(lambda t: t[i : i + 1], batch)
+        f = output(call_model(model, one), one).squeeze(0)
+        rows.append(torch.autograd.grad(f, list(params.values()), materialize_grads=True))
+    return {name: torch.stack(g) for name, g in zip(params, zip(*rows))}
+
+
+def deviation(a, b):
+    "Largest error of a row, relative to its length."
+    return ((a - b).norm(dim=1) / b.norm(dim=1)).max().item()
+
+
+NAMES = ["mlp", "mlp with bias", "resnet9", "resnet18", "attention", "tied decoder", "convolutions"]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request):
+    return build(request.param)
+
+
+def test_equals_autograd(case):
+    model, batch, output = case
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    rows = per_example_jacobian(model, batch, output)
+    assert list(rows) == select_params(model) == [name for name, _ in model.named_parameters()]
+    assert_close(rows, one_at_a_time(model, batch, output))
+    assert not any(g.requires_grad for g in rows.values())
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_batch_invariance(case, dtype, tolerance):
+    model, batch = to(*case[:2], dtype)
+    whole = flatten_jacobian(per_example_jacobian(model, batch, case[2]))
+    assert whole.dtype == dtype
+    for chunk_size in (1, 2, 3, 100):
+        assert deviation(flatten_jacobian(per_example_jacobian(model, batch, case[2], chunk_size=chunk_size)), whole) < tolerance
+    for rows in ([3], [2, 0], [1, 1]):
+        part = map_batch(lambda t: t[rows], batch)
+        assert deviation(flatten_jacobian(per_example_jacobian(model, part, case[2])), whole[rows]) < tolerance
+
+
+def test_a_subset_of_the_parameters_changes_nothing(case):
+    model, batch, output = case
+    full = per_example_jacobian(model, batch, output)
+    last = list(full)[-2:]
+    assert_close(per_example_jacobian(model, batch, output, params=last), {name: full[name] for name in last})
+
+
+def test_frozen_parameters_are_skipped_unless_named():
+    model, batch, output = build("mlp")
+    full = per_example_jacobian(model, batch, output)
+    model.linear1.requires_grad_(False)
+    assert_close(per_example_jacobian(model, batch, output), {name: full[name] for name in list(full)[1:]})
+    assert_close(per_example_jacobian(model, batch, output, params="*"), full)
+
+
+@pytest.mark.parametrize("name", ["resnet9", "attention", "tied decoder"])
+def test_training_mode_is_refused(name):
+    model, batch, output = build(name)
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        per_example_jacobian(model.train(), batch, output)
+    check_ready(model.eval())
+
+
+def test_works_under_no_grad_and_leaves_no_graph():
+    model, batch, output = build("mlp")
+    reference = per_example_jacobian(model, batch, output)
+    with torch.no_grad():
+        assert_close(per_example_jacobian(model, batch, output), reference)
+    with torch.inference_mode():
+        assert_close(per_example_jacobian(model, batch, output), reference)
+
+
+def test_a_non_finite_jacobian_names_example_and_parameter():
+    model, batch, output = build("attention")
+    with torch.no_grad():
+        model.embed.weight[7] = float("nan")
+    batch["input_ids"] = torch.where(batch["input_ids"] == 7, 8, batch["input_ids"])
+    batch["input_ids"][2, 0] = 7
+    for chunk_size in (None, 1, 3):
+        with pytest.raises(ValueError, match=r"1 example\(s\), first at position 2 of the batch, in embed\.weight"):
+            per_example_jacobian(model, batch, output, params="embed.weight", chunk_size=chunk_size)
+
+
+def test_user_output_on_a_model_of_its_own_kind():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.linear(x), x
+
+    x = torch.rand(5, 3)
+    rows = per_example_jacobian(Pair(), x, lambda out, batch: (out[0][:, 0] * batch[:, 1]))
+    assert_close(rows["linear.weight"][:, 0], x * x[:, 1:2])
+    assert_close(rows["linear.bias"][:, 1], torch.zeros(5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-3)])
+def test_cuda_equals_cpu(name, dtype, tolerance):
+    "On CUDA the numbers are those of the CPU in float64: to 1e-10 in float64, to 1e-3 in float32 without TF32."
+    model, batch, output = build(name)
+    reference = flatten_jacobian(per_example_jacobian(model, batch, output))
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        rows = flatten_jacobian(per_example_jacobian(*to(model, batch, dtype, "cuda"), output))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    assert rows.is_cuda and rows.dtype == dtype
+    assert deviation(rows.cpu().double(), reference) < tolerance
