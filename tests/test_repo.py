@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from notebooks import ROOT, all_notebooks, module_numbers, problems, readme_text
+from notebooks import ROOT, all_notebooks, module_numbers, problems, readme
 
 LINT = ["--select", "F,E9,PLE,W605", "--line-length", "160", "--no-cache"]
 
@@ -88,14 +88,18 @@ def test_lint_can_fail(tmp_path):
 
 
 def test_readme_is_what_index_gives():
-    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme_text(), "run `make readme`"
+    text, pictures = readme()
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "run `make readme`"
+    for name, data in pictures.items():
+        assert (ROOT / "nbs" / name).read_bytes() == data, f"{name} is not the picture stored in index.ipynb; run `make readme`"
 
 
-def test_readme_is_short_and_starts_with_an_example():
+def test_readme_is_short_and_its_first_example_runs_as_pasted(tmp_path):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    assert len(prose.split()) <= 700
-    assert "```python" in "\n".join(text.splitlines()[:40])
+    assert len(re.sub(r"```.*?```|<div>.*?</div>", "", text, flags=re.DOTALL).split()) <= 700
+    example = re.search(r"```python\n(.*?)```", "\n".join(text.splitlines()[:40]), re.DOTALL)
+    assert example, "the first example has to end within forty lines"
+    run(sys.executable, "-c", example[1], cwd=tmp_path, MPLBACKEND="agg")
 
 
 def test_wheel_holds_the_package_only(tmp_path):
