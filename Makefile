@@ -15,6 +15,7 @@ help:  ## list the targets
 demo: .venv/ready  ## train, attribute ten test images by three methods, write out/ (DATASET=digits or fashion_mnist)
 	$(BIN)/python -m infotda.demo --dataset $(DATASET) --out out
 
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/ready  ## every check: in sync, lint, house rules, every notebook from a fresh kernel, all tests
 	$(BIN)/python -m pytest tests nbs --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -q
 
