@@ -6,11 +6,12 @@
 __all__ = ['LAYOUTS', 'ROWS', 'Rows', 'Data', 'TextPairs', 'data_root', 'MissingData', 'load_torchvision', 'read_idx',
            'load_data', 'has_data', 'channel_stats', 'flip_labels', 'duplicate']
 
-# %% ../nbs/01_data.ipynb #04220b6a
+# %% ../nbs/01_data.ipynb #bed50b2c
 import csv
 import importlib
 import importlib.util
 import io
+import operator
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset
 
 from .core import as_indices, problem, progress_bar
 
-# %% ../nbs/01_data.ipynb #e7316133
+# %% ../nbs/01_data.ipynb #e8f6c4eb
 class Rows(Dataset):
     "What all labelled data sets share: length, choice of rows with their stable indices, counts of classes."
 
@@ -49,28 +50,37 @@ class Rows(Dataset):
         seed: int = 0, # the same seed chooses the same rows, on every machine
     ): # n rows, in ascending order
         "A random subset without replacement."
-        if not 1 <= n <= len(self):
-            raise ValueError(problem("n", f"1 to {len(self)} rows", n, "a sample without replacement cannot be larger than the data set."))
+        if _whole(n) is None or not 1 <= n <= len(self):
+            raise ValueError(problem("n", f"1 to {len(self)} rows", repr(n), "a sample without replacement cannot be larger than the data set."))
         return self.subset(np.sort(np.random.RandomState(seed).permutation(len(self))[:n]))
 
     def of_class(self,
         c: int | str, # label or name of the class
     ): # the rows of that class
         "All rows with one label."
-        if c not in self.classes and c not in range(len(self.classes)):
+        label = self.classes.index(c) if isinstance(c, str) and c in self.classes else _whole(c)
+        if label not in range(len(self.classes)):
             raise ValueError(problem("class", f"0 to {len(self.classes) - 1} or one of {', '.join(self.classes)}", repr(c), "choose one of these."))
-        return self.subset(self.y.cpu() == (self.classes.index(c) if isinstance(c, str) else c))
+        return self.subset(self.y.cpu() == label)
+
+
+def _whole(value) -> int | None:
+    "A whole number as int; None for anything else, True and 1.0 included."
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _take(values, rows: Tensor):
     return values[rows.to(values.device)] if isinstance(values, Tensor) else [values[i] for i in rows.tolist()]
 
-# %% ../nbs/01_data.ipynb #c8a66939
+# %% ../nbs/01_data.ipynb #5ad60498
 @dataclass(frozen=True, repr=False, eq=False)
 class Data(Rows):
     "A labelled data set as tensors, whose rows keep their numbers in the published order."
 
-    x: Tensor # (n, ...) float32; images (n, C, H, W) from 0 to 1
+    x: Tensor # (n, ...) float32; images (n, c, H, W) from 0 to 1
     y: Tensor # (n,) int64 labels
     index: Tensor # (n,) int64, row numbers in the published order
     classes: tuple[str, ...] # names, in the order of the labels
@@ -80,6 +90,8 @@ class Data(Rows):
     rowwise = ("x", "y", "index")
 
     def __post_init__(self):
+        if not isinstance(self.x, Tensor):
+            raise TypeError(problem("x", "a tensor", type(self.x).__name__, "convert x, y and index with torch.as_tensor."))
         if self.x.ndim < 1 or not self.x.is_floating_point():
             raise TypeError(problem("x", "floating-point rows", f"{self.x.dtype} {tuple(self.x.shape)}", "scale pixel values to [0, 1] with x.float() / 255."))
         _check_rows(self, len(self.x))
@@ -95,6 +107,8 @@ class Data(Rows):
 def _check_rows(data: Rows, n: int) -> None:
     for name in ("y", "index"):
         values = getattr(data, name)
+        if not isinstance(values, Tensor):
+            raise TypeError(problem(name, "a tensor", type(values).__name__, "convert it with torch.as_tensor."))
         if values.dtype != torch.int64 or values.shape != (n,):
             raise ValueError(problem(name, f"int64 of shape ({n},), one for each row", f"{values.dtype} {tuple(values.shape)}", "give one whole number for each row."))
     if n and not 0 <= int(data.y.min()) <= int(data.y.max()) < len(data.classes):
@@ -169,13 +183,14 @@ ROWS = {  # data set -> split -> rows as published
     "rte": {"train": 2490, "dev": 277},
 }
 
-# %% ../nbs/01_data.ipynb #1146abea
-def _check_name(name: str, split: str | None = None) -> None:
+# %% ../nbs/01_data.ipynb #37238b20
+def _check_name(name: str, *splits: str) -> None:
     "Refuse a data set or a split that does not exist, and list those that do."
-    if name not in LAYOUTS:
+    if name not in tuple(LAYOUTS):
         raise ValueError(problem("data set", f"one of {', '.join(LAYOUTS)}", repr(name), "choose one of these, or build a `Data` from your own tensors."))
-    if split is not None and split not in ROWS[name]:
-        raise ValueError(problem(f"split of {name}", f"one of {', '.join(ROWS[name])}", repr(split), "choose one of these."))
+    for split in splits:
+        if split not in tuple(ROWS[name]):
+            raise ValueError(problem(f"split of {name}", f"one of {', '.join(ROWS[name])}", repr(split), "choose one of these."))
 
 # %% ../nbs/01_data.ipynb #0d18354e
 class MissingData(FileNotFoundError, ValueError):
@@ -200,7 +215,7 @@ def _find(
     raise MissingData(problem(f"files of {name} ({split}) below {root}", f"{'; or '.join(looked)}", f"only {', '.join(found)}" if found else "none of them",
         f"{fetch}, or name the folder that holds it by root= or the environment variable INFOTDA_DATA."))
 
-# %% ../nbs/01_data.ipynb #ebddc849
+# %% ../nbs/01_data.ipynb #cb830d35
 _declared = []  # torch forgets a declaration when the object that made it is collected
 
 
@@ -214,8 +229,8 @@ def load_torchvision(): # the module torchvision
     for module in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
         del sys.modules[module]
     library = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for op in ("nms", "qnms"):
+        library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.append(library)
     return importlib.import_module("torchvision")
 
@@ -235,7 +250,7 @@ def read_idx(
         raise ValueError(problem(f"file {path}", f"{expected} bytes, as its header says", len(raw), "the file is truncated or damaged: delete it and fetch it again (download=True)."))
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * d).reshape(shape)
 
-# %% ../nbs/01_data.ipynb #b731a4ed
+# %% ../nbs/01_data.ipynb #95444dff
 def _check_rows_published(
     n: int, # rows found
     name: str, # data set
@@ -247,10 +262,27 @@ def _check_rows_published(
         raise ValueError(problem(f"{name} ({split}) in {where}", f"{ROWS[name][split]} rows, as published", n, "the file is incomplete or not the published one: delete it and fetch it again; row numbers would not mean the same images."))
 
 
+def _check_content(images: np.ndarray, labels: np.ndarray, shape: tuple[int, ...], paths: list[Path]) -> None:
+    "Refuse pictures of another shape or of one single value, and labels other than classes 0 to 9; name file and row."
+    remedy = "the file is damaged or not the published one: delete it and fetch it again."
+    if images.shape[1:] != shape:
+        raise ValueError(problem(f"file {paths[0]}", f"pictures of shape {shape}", images.shape[1:], remedy))
+    flat = images.reshape(len(images), -1)
+    constant = np.flatnonzero(flat.min(axis=1) == flat.max(axis=1))
+    if len(constant):
+        raise ValueError(problem(f"file {paths[0]}", "pictures", f"{len(constant)} picture(s) of one single value, first in row {constant[0]}", remedy))
+    whole = labels.ndim == 1 and labels.dtype.kind in "iu"
+    outside = np.flatnonzero((labels < 0) | (labels > 9)) if whole else []
+    if not whole or len(outside) or (labels == labels[0]).all():
+        got = f"{labels.dtype} {labels.shape}" if not whole else f"{labels[outside[0]]} in row {outside[0]}" if len(outside) else f"{labels[0]} in every row"
+        raise ValueError(problem(f"labels in {paths[-1]}", "whole numbers from 0 to 9, not all the same", got, remedy))
+
+
 def _fashion_mnist(split: str, layout: str, paths: list[Path], progress: bool) -> Data:
     images, labels = (read_idx(p) for p in paths)
     for part, path in zip((images, labels), paths):
         _check_rows_published(len(part), "fashion_mnist", split, path)
+    _check_content(images, labels, (28, 28), paths)
     classes = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
     x, y = torch.tensor(images)[:, None].float() / 255, torch.tensor(labels).long()
     return Data(x, y, torch.arange(len(y)), classes, "fashion_mnist", split, layout)
@@ -283,16 +315,29 @@ def _parquet_table(
         raise ValueError(problem(f"file {path}", "a Parquet table", f"{type(error).__name__}: {error}".splitlines()[0], "the file is truncated or damaged: fetch it again.")) from error
     raise ValueError(problem(f"file {path}", f"columns {', '.join(columns)}", ", ".join(names), "this is another data set's table."))
 
-# %% ../nbs/01_data.ipynb #6bed7ff5
+# %% ../nbs/01_data.ipynb #2d1a1e6d
+def _picture(row: int, img: dict, path: Path) -> np.ndarray:
+    "One encoded picture of the table as (32, 32, 3) bytes; anything else is refused by file and row."
+    try:
+        picture = np.asarray(Image.open(io.BytesIO(img["bytes"])).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(problem(f"file {path}, row {row}", "an encoded picture (PNG or JPEG)", type(error).__name__, "the file is damaged: fetch it again.")) from error
+    if picture.shape != (32, 32, 3):
+        raise ValueError(problem(f"file {path}, row {row}", "a picture of 32x32 pixels", f"{picture.shape[0]}x{picture.shape[1]}", "this is another data set's table."))
+    return picture
+
+
 def _cifar10_parquet(split: str, layout: str, path: Path, progress: bool) -> Data:
     "CIFAR-10 from the hub's Parquet table, in the order of that table."
     table = _parquet_table(path, ("img", "label"))
     _check_rows_published(len(table), "cifar10", split, path)
     images = np.empty((len(table), 32, 32, 3), np.uint8)
-    for row, img in zip(images, progress_bar(table["img"], "decoding CIFAR-10", len(table), progress, "image")):
-        row[:] = np.asarray(Image.open(io.BytesIO(img["bytes"].as_py())).convert("RGB"))
+    for row, img in enumerate(progress_bar(table["img"], "decoding CIFAR-10", len(table), progress, "image")):
+        images[row] = _picture(row, img.as_py(), path)
+    labels = table["label"].to_numpy()
+    _check_content(images, labels, (32, 32, 3), [path])
     x = torch.tensor(images).permute(0, 3, 1, 2).contiguous().float() / 255
-    y = torch.tensor(table["label"].to_numpy())
+    y = torch.tensor(labels, dtype=torch.int64)
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     return Data(x, y, torch.arange(len(y)), classes, "cifar10", split, layout)
 
@@ -302,13 +347,19 @@ def _cifar10(split: str, layout: str, paths: list[Path], progress: bool) -> Data
         return _cifar10_torchvision(split, paths[0].parent.parent)
     return _cifar10_parquet(split, layout, paths[0], progress)
 
-# %% ../nbs/01_data.ipynb #df0feb92
+# %% ../nbs/01_data.ipynb #c5dc0c52
 def _rte(split: str, layout: str, paths: list[Path], progress: bool) -> TextPairs:
     "GLUE RTE from its tab-separated file."
-    with open(paths[0], encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    raw, classes, remedy = paths[0].read_bytes(), ("entailment", "not_entailment"), "this is not GLUE's file, or it is damaged: fetch it again."
+    try:
+        reader = csv.DictReader(io.StringIO(raw.decode("utf-8"), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+        names, rows = reader.fieldnames or [], list(reader)
+    except UnicodeDecodeError as error:
+        row = raw[:error.start].count(b"\n") - 1
+        raise ValueError(problem(f"file {paths[0]}", "text in UTF-8", f"other bytes in row {row}", remedy)) from error
+    if not {"sentence1", "sentence2", "label"} <= set(names):
+        raise ValueError(problem(f"file {paths[0]}", "columns sentence1, sentence2, label", ", ".join(names), remedy))
     _check_rows_published(len(rows), "rte", split, paths[0])
-    classes = ("entailment", "not_entailment")
     wrong = [i for i, row in enumerate(rows) if row.get("label") not in classes]
     if wrong:
         raise ValueError(problem(f"file {paths[0]}", f"the label {' or '.join(classes)} in every row", f"{rows[wrong[0]].get('label')!r} in row {wrong[0]}", "the file is truncated or damaged: fetch it again."))
@@ -349,12 +400,12 @@ def load_data(
     read = {"fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "rte": _rte}[name]
     return read(split, layout, paths, progress)
 
-# %% ../nbs/01_data.ipynb #fbc32a7a
+# %% ../nbs/01_data.ipynb #91d7e74f
 def has_data(
     name: str, # data set
     root: str | Path | None = None, # data root, see `data_root`
-) -> bool: # whether load_data would find all splits
-    "Are the files of this data set there, and what is needed to read them?"
+) -> bool: # whether load_data would find all splits; their content is not looked at
+    "Do files with the right names exist for all splits, and the package to read them? (Their content is checked on loading.)"
     _check_name(name)
     try:
         layouts = {_find(name, split, data_root(root))[0] for split in ROWS[name]}
@@ -362,13 +413,13 @@ def has_data(
         return False
     return layouts.isdisjoint({"parquet", "hub"}) or importlib.util.find_spec("pyarrow") is not None
 
-# %% ../nbs/01_data.ipynb #57f85f7d
+# %% ../nbs/01_data.ipynb #633176b0
 def channel_stats(
-    data: Data, # images (n, C, H, W)
+    data: Data, # images (n, c, H, W)
 ) -> tuple[tuple[float, ...], tuple[float, ...]]: # mean and standard deviation of each channel
     "Mean and standard deviation of the pixels of each channel, summed in float64."
     if data.x.ndim != 4 or len(data) == 0:
-        raise ValueError(problem("data", "images (n, C, H, W), at least one", tuple(data.x.shape), "vectors have no channels: standardise each feature instead."))
+        raise ValueError(problem("data", "images (n, c, H, W), at least one", tuple(data.x.shape), "vectors have no channels: standardise each feature instead."))
     pixels = data.x.transpose(0, 1).flatten(1).double()
     return tuple(pixels.mean(dim=1).tolist()), tuple(pixels.std(dim=1, correction=0).tolist())
 
@@ -390,11 +441,12 @@ def flip_labels(
     mask[rows] = True
     return replace(data, y=y.to(data.y.device)), mask
 
-# %% ../nbs/01_data.ipynb #0304bd78
+# %% ../nbs/01_data.ipynb #54adcabf
 def duplicate(
-    data: Data, # stays as it is
+    data: Data | TextPairs, # stays as it is
     rows, # row numbers to copy, or a boolean mask
-) -> Data: # n + len(rows) rows; copies come last, in the order given
+) -> Data | TextPairs: # n + len(rows) rows; copies come last, in the order given
     "Append copies of some rows; each copy keeps the stable index of its original."
     copies = data.subset(rows)
-    return replace(data, **{f: torch.cat([getattr(data, f), getattr(copies, f)]) for f in data.rowwise})
+    both = {f: (getattr(data, f), getattr(copies, f)) for f in data.rowwise}
+    return replace(data, **{f: torch.cat(ab) if isinstance(ab[0], Tensor) else [*ab[0], *ab[1]] for f, ab in both.items()})

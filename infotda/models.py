@@ -8,11 +8,13 @@ __all__ = ['DIGITS_MEAN', 'DIGITS_STD', 'FASHION_MNIST_MEAN', 'FASHION_MNIST_STD
            'paper_mlp', 'digits_mlp', 'Residual', 'Scale', 'ResNet9', 'Recipe', 'flip_crop', 'predict', 'accuracy',
            'TrainLog', 'train']
 
-# %% ../nbs/02_models.ipynb #e5f52380
+# %% ../nbs/02_models.ipynb #b6aedb93
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -44,7 +46,7 @@ def private_rng(
         finally:
             cudnn.deterministic, cudnn.benchmark = saved
 
-# %% ../nbs/02_models.ipynb #2f5a9979
+# %% ../nbs/02_models.ipynb #08d397be
 class Normalize(nn.Module):
     "First layer of an image model: subtract the mean of each channel and divide by its standard deviation."
 
@@ -59,7 +61,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self,
-        x: Tensor, # (..., C, H, W) images
+        x: Tensor, # (..., c, H, W) images
     ) -> Tensor: # the same shape
         if x.ndim < 3 or x.shape[-3] != len(self.mean):
             raise ValueError(problem("images", f"{len(self.mean)} channel(s), (b, {len(self.mean)}, H, W)", tuple(x.shape), "put channels first, and use the model that was made for these images."))
@@ -77,7 +79,12 @@ class Stack(nn.Sequential):
             return nn.Sequential(OrderedDict(list(self.named_children())[i]))
         return super().__getitem__(i)
 
-# %% ../nbs/02_models.ipynb #ea38a648
+# %% ../nbs/02_models.ipynb #976ced1a
+def _is_number(value, kind: type = Real) -> bool:
+    "Is this a number, of Python or numpy? True and False are none here."
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 class MLP(Stack):
     "A multilayer perceptron with ReLU between linear layers; two widths make a linear probe."
 
@@ -88,8 +95,10 @@ class MLP(Stack):
         std: tuple[float, ...] | None = None, # and standard deviation
         seed: int = 0, # of the Kaiming-normal initialisation
     ):
-        if len(widths) < 2 or not all(isinstance(w, int) and w > 0 for w in widths):
+        if len(widths) < 2 or not all(_is_number(w, Integral) and w > 0 for w in widths):
             raise ValueError(problem("widths", "at least two positive integers", widths, "for example [784, 256, 256, 10]."))
+        if (mean is None) != (std is None):
+            raise ValueError(problem("mean and std", "both or neither", f"mean={mean}, std={std}", "take both from channel_stats(data)."))
         layers = OrderedDict() if mean is None else OrderedDict(normalize=Normalize(mean, std))
         layers["flatten"] = nn.Flatten()
         with private_rng(seed):
@@ -109,7 +118,7 @@ class MLP(Stack):
             raise ValueError(problem("input of the MLP", f"{self.widths[0]} numbers in each row", f"{inputs} (shape {tuple(x.shape)})", "set widths[0] to the size of one example."))
         return super().forward(x)
 
-# %% ../nbs/02_models.ipynb #0c19092e
+# %% ../nbs/02_models.ipynb #11d082c7
 DIGITS_MEAN, DIGITS_STD = (0.3054,), (0.3761,)
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = (0.2860,), (0.3530,)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -118,7 +127,7 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 def paper_mlp(
     seed: int = 0, # of the initialisation
 ) -> MLP: # 784-256-256-10, no biases
-    "The MLP for Fashion-MNIST; its width is our proposal, the rest is the paper's."
+    "The MLP for Fashion-MNIST; its width and normalisation are our proposals, the rest is the paper's."
     return MLP([784, 256, 256, 10], mean=FASHION_MNIST_MEAN, std=FASHION_MNIST_STD, seed=seed)
 
 
@@ -179,10 +188,10 @@ class ResNet9(Stack):
                 linear=nn.Linear(128, classes, bias=False), scale=Scale(0.2),
             ))
 
-# %% ../nbs/02_models.ipynb #08c352a4
+# %% ../nbs/02_models.ipynb #71101e39
 @dataclass(frozen=True)
 class Recipe:
-    "How to train: everything but model, data and seed. The default numbers are the paper's for Fashion-MNIST."
+    "How to train: everything but model, data and seed. The default numbers are the paper's for Fashion-MNIST; it names no schedule."
 
     epochs: int = 20 # passes over the data
     lr: float = 0.03 # learning rate, at its peak
@@ -194,9 +203,13 @@ class Recipe:
     augment: str | None = None # or "flip_crop"
 
     def __post_init__(self):
+        for name in ("epochs", "batch_size", "lr", "momentum", "weight_decay", "peak_epoch"):
+            kind, word = (Integral, "a whole number") if name in ("epochs", "batch_size") else (Real, "a number")
+            if not _is_number(getattr(self, name), kind):
+                raise TypeError(problem(f"{name} of the recipe", word, repr(getattr(self, name)), "True and text are no numbers, and 2.0 is no whole one."))
         checks = [
             ("epochs", self.epochs >= 1, "at least 1"), ("lr", 0 < self.lr < float("inf"), "a number > 0"),
-            ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"), ("weight_decay", self.weight_decay >= 0, "a number >= 0"),
+            ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"), ("weight_decay", 0 <= self.weight_decay < float("inf"), "a number >= 0"),
             ("batch_size", self.batch_size >= 1, "at least 1"), ("schedule", self.schedule in ("constant", "triangular"), "'constant' or 'triangular'"),
             ("peak_epoch", self.schedule != "triangular" or 0 <= self.peak_epoch < self.epochs, f"0 <= peak_epoch < {self.epochs} epochs"),
             ("augment", self.augment in (None, "flip_crop"), "None or 'flip_crop'"),
@@ -220,15 +233,15 @@ FASHION_MNIST_RECIPE = Recipe(epochs=20, lr=0.03, momentum=0.9, weight_decay=1e-
 CIFAR10_RECIPE = Recipe(epochs=24, lr=0.5, momentum=0.9, weight_decay=5e-4, batch_size=512, schedule="triangular", peak_epoch=5, augment="flip_crop")
 DIGITS_RECIPE = Recipe(epochs=30, lr=0.03, momentum=0.9, weight_decay=1e-3, batch_size=64)
 
-# %% ../nbs/02_models.ipynb #acd68aa1
+# %% ../nbs/02_models.ipynb #890c1c3c
 def flip_crop(
-    x: Tensor, # (b, C, H, W)
+    x: Tensor, # (b, c, H, W)
     generator: torch.Generator, # on the CPU
     shift: int = 2, # largest movement, in pixels
-) -> Tensor: # (b, C, H, W)
+) -> Tensor: # (b, c, H, W)
     "Mirror each image with probability 1/2 and move it by up to `shift` pixels in each direction."
     if x.ndim != 4:
-        raise ValueError(problem("augment='flip_crop'", "images (b, C, H, W)", tuple(x.shape), "train on vectors with augment=None."))
+        raise ValueError(problem("augment='flip_crop'", "images (b, c, H, W)", tuple(x.shape), "train on vectors with augment=None."))
     b, _, H, W = x.shape
     flip = torch.rand(b, generator=generator) < 0.5
     delta = torch.randint(0, 2 * shift + 1, (2, b, 1), generator=generator)
@@ -238,12 +251,14 @@ def flip_crop(
     image = torch.arange(b, device=x.device)[:, None, None]
     return x[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/02_models.ipynb #c7b0edb9
+# %% ../nbs/02_models.ipynb #c5cddb49
 def _inputs(data: Data | tuple | Tensor) -> Tensor:
     "The checked inputs of a data set, a pair (x, y) or a plain tensor."
-    x = data.x if isinstance(data, Data) else data[0] if isinstance(data, (tuple, list)) else data
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(problem("data", "a `Data`, a pair (x, y) or a tensor, with floating-point x", x.dtype if isinstance(x, Tensor) else type(x).__name__, "text has to be tokenised, pixels scaled to [0, 1]."))
+    x = data.x if isinstance(data, Data) else data[0] if isinstance(data, (tuple, list)) and data else data
+    if not isinstance(x, Tensor):
+        raise TypeError(problem("data", "a `Data`, a pair (x, y) of tensors, or a tensor (to predict)", type(x).__name__, "a DataLoader or another Dataset has to be stacked into tensors first, numpy arrays converted with torch.as_tensor, text tokenised."))
+    if not x.is_floating_point():
+        raise TypeError(problem("data", "floating-point x", x.dtype, "scale pixels to [0, 1] with x.float() / 255."))
     if x.ndim < 2 or len(x) == 0:
         raise ValueError(problem("data", "at least one example, (n, ...)", f"shape {tuple(x.shape)}", "an empty set has nothing to teach or to predict."))
     bad = ~torch.isfinite(x.flatten(1)).all(dim=1)
@@ -252,7 +267,7 @@ def _inputs(data: Data | tuple | Tensor) -> Tensor:
         raise ValueError(problem("data", "finite inputs", f"NaN or Inf in {len(rows)} row(s), first {rows[:5]}", "look at these examples; nothing is replaced here."))
     return x
 
-# %% ../nbs/02_models.ipynb #c9bed13b
+# %% ../nbs/02_models.ipynb #a5b4d9fb
 def _labels(model: nn.Module, x: Tensor, data: Data | tuple) -> Tensor:
     "The checked labels: one for each row, and an output of the model for each of them."
     y = data.y if isinstance(data, Data) else data[1] if isinstance(data, (tuple, list)) and len(data) == 2 else None
@@ -260,13 +275,41 @@ def _labels(model: nn.Module, x: Tensor, data: Data | tuple) -> Tensor:
         got = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(problem("labels", f"an int64 tensor of shape ({len(x)},), one label for each row", got, "give a `Data` or a pair (x, y)."))
     logits = predict(model, x[:1])
-    if logits.ndim != 2:
-        raise ValueError(problem("output of the model", "logits (n, classes)", tuple(logits.shape), "a classifier gives one number for each class."))
     if y.min() < 0 or y.max() >= logits.shape[1]:
         raise ValueError(problem("labels", f"0 to {logits.shape[1] - 1}, as the model has {logits.shape[1]} outputs", f"{y.min().item()} to {y.max().item()}", "give the model one output for each class."))
     return y
 
-# %% ../nbs/02_models.ipynb #2ecf3acf
+# %% ../nbs/02_models.ipynb #e6831014
+def _home(model: nn.Module) -> Tensor:
+    "The first parameter of a model, which tells its device and dtype."
+    param = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if param is None:
+        raise ValueError(problem("model", "a torch module with parameters", type(model).__name__, "give the network itself; without weights there is nothing to train or to attribute to."))
+    return param
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    "The checked output of a model for one batch: (b, C)."
+    logits = model(x)
+    if not isinstance(logits, Tensor):
+        raise TypeError(problem("output of the model", "a tensor of logits (b, C)", type(logits).__name__, "wrap the model in a module whose forward returns the tensor, such as output.logits."))
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise ValueError(problem("output of the model", f"logits ({len(x)}, C), one row for each example", tuple(logits.shape), "a classifier gives one number for each class."))
+    return logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    "Evaluation mode inside the block; afterwards each submodule is back in its own mode."
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+# %% ../nbs/02_models.ipynb #3fe3069a
 @torch.no_grad()
 def predict(
     model: nn.Module, # is run in evaluation mode, on its own device
@@ -274,13 +317,11 @@ def predict(
     batch_size: int = 512, # examples in each forward pass
 ) -> Tensor: # (n, C) logits, on the device of the data
     "The outputs of a model for all rows, in order."
-    x, param = _inputs(data), next(model.parameters())
-    was_training = model.training
-    model.eval()
-    try:
-        return torch.cat([model(part.to(param.device, param.dtype)).to(x.device) for part in x.split(batch_size)])
-    finally:
-        model.train(was_training)
+    x, param = _inputs(data), _home(model)
+    if not _is_number(batch_size, Integral) or batch_size < 1:
+        raise ValueError(problem("batch_size", "a whole number, at least 1", repr(batch_size), "512 is a good start; it does not change the result."))
+    with _evaluating(model):
+        return torch.cat([_logits(model, part.to(param.device, param.dtype)).to(x.device) for part in x.split(int(batch_size))])
 
 
 def accuracy(
@@ -290,7 +331,11 @@ def accuracy(
 ) -> float: # 0 to 1
     "The share of rows whose largest logit is that of their label; ties go to the first class."
     y = _labels(model, _inputs(data), data)
-    return (predict(model, data, batch_size).argmax(dim=1) == y).double().mean().item()
+    logits = predict(model, data, batch_size)
+    bad = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(problem("logits", "finite numbers", f"NaN or Inf in {len(bad)} row(s), first {bad[:5]}", "look at the weights of the model: NaN has no largest entry."))
+    return (logits.argmax(dim=1) == y).double().mean().item()
 
 # %% ../nbs/02_models.ipynb #22e5b8b9
 @dataclass(repr=False)
@@ -323,10 +368,10 @@ class TrainLog:
             ax.set(xlabel="epoch", ylabel=f"training {name}" + (" [nats]" if name == "loss" else ""))
         return fig
 
-# %% ../nbs/02_models.ipynb #df5dd473
+# %% ../nbs/02_models.ipynb #62a793e5
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
     "One step of SGD; returns the summed loss and the number of correct rows, before the step."
-    logits = model(x)
+    logits = _logits(model, x)
     loss = F.cross_entropy(logits, y)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -342,16 +387,45 @@ def _varied(recipe: Recipe, changes: dict) -> Recipe:
     return replace(recipe, **changes)
 
 
-def _close_epoch(log: TrainLog, means: Tensor, lr: float) -> None:
+def _close_epoch(log: TrainLog, means: Tensor, lr: float, model: nn.Module) -> None:
     "Write the averages of one epoch into the log; a training that diverged ends here."
     loss, correct = means.tolist()
-    if not loss < float("inf"):
-        raise ValueError(problem(f"training loss in epoch {len(log) + 1}", "a finite number", loss, "the training diverged: lower lr, or look at the scale of the inputs."))
+    if not loss < float("inf") or not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise ValueError(problem(f"training in epoch {len(log) + 1}", "finite loss and weights", f"loss {loss}" if not loss < float("inf") else "weights with NaN or Inf", "the training diverged: lower lr, or look at the scale of the inputs."))
     log.loss.append(loss)
     log.accuracy.append(correct)
     log.lr.append(lr)
 
-# %% ../nbs/02_models.ipynb #5a39397b
+# %% ../nbs/02_models.ipynb #3827b573
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    "If the block fails, the model gets back its weights, buffers, device and modes."
+    home, state = _home(model).device, copy.deepcopy(model.state_dict())
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        model.to(home).load_state_dict(state)
+        model.zero_grad(set_to_none=True)
+        for module, mode in modes:
+            module.training = mode
+        raise
+
+
+def _check_last_batch(model: nn.Module, x: Tensor, batch_size: int) -> None:
+    "Refuse a last batch of one example where batch normalisation would have a single number for each channel."
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    if (len(x) - 1) % batch_size or not any(isinstance(module, norms) for module in model.modules()):
+        return
+    try:
+        with private_rng(0, _home(model).device), torch.no_grad():
+            copy.deepcopy(model).train()(x[:1].to(_home(model)))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(problem("last batch of an epoch", "at least two examples, for batch normalisation", f"one ({len(x)} examples in batches of {batch_size})", "choose another batch_size, or leave one example out.")) from error
+
+# %% ../nbs/02_models.ipynb #e85f1ba6
 def train(
     model: nn.Module, # a classifier, changed in place; afterwards on `device` and in evaluation mode
     data: Data | tuple[Tensor, Tensor], # training set, or (x, y)
@@ -362,18 +436,20 @@ def train(
     progress: bool = True, # a bar with the loss of the last epoch
     **changes, # single fields of the recipe: epochs=5, lr=0.1, ...
 ) -> TrainLog:
-    "Train by SGD with momentum on the mean cross-entropy; the same seed gives the same weights on the same device."
-    recipe, device = _varied(recipe, changes), pick_device(device, model)
-    x = _inputs(data)
-    y, param = _labels(model.to(device), x, data).to(device), next(model.parameters())
-    x, n = x.to(device, param.dtype), len(x)
+    "Train by SGD with momentum on the mean cross-entropy; same seed and device, same weights. A failure leaves the model as it was."
+    recipe, x, param = _varied(recipe, changes), _inputs(data), _home(model)
+    device, y, n = pick_device(device, model), _labels(model, x, data), len(x)
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(problem("model", "a parameter with requires_grad", "none", "call requires_grad_(True) on what is to be trained."))
+    _check_last_batch(model, x, recipe.batch_size)
     optimizer = torch.optim.SGD(trained, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     log, generator = TrainLog(recipe, seed, device.type), torch.Generator().manual_seed(seed)
     steps = -(-n // recipe.batch_size)
     bar = progress_bar(range(recipe.epochs * steps), "training", enabled=progress, unit="step")
-    with private_rng(seed, device):
-        model.train()
+    with _all_or_nothing(model), private_rng(seed, device):
+        model.to(device).train()
+        x, y = x.to(device, param.dtype), y.to(device)
         for step in bar:
             epoch, i = divmod(step, steps)
             if i == 0:
@@ -383,7 +459,7 @@ def train(
             optimizer.param_groups[0]["lr"] = recipe.lr_at(step / steps)
             sums = sums + _step(model, optimizer, batch, y[rows])
             if i == steps - 1:
-                _close_epoch(log, sums / n, recipe.lr_at(step / steps))
+                _close_epoch(log, sums / n, recipe.lr_at(step / steps), model)
                 bar.set_postfix(loss=f"{log.loss[-1]:.3f}")
     model.eval()
     return log

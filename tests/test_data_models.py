@@ -139,6 +139,51 @@ def test_parquet_cifar10(tmp_path, monkeypatch):
         load_data("cifar10", "test", root=tmp_path)
 
 
+def test_damaged_pictures_of_parquet_cifar10(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow", reason="the extra `hub` is not installed")
+    import io
+
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    def png(size, colours=True):
+        buffer = io.BytesIO()
+        pixels = np.random.RandomState(0).randint(0, 256 if colours else 1, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": ""}
+
+    monkeypatch.setitem(ROWS, "cifar10", {"train": 3, "test": 3})
+    path = tmp_path / LAYOUTS["cifar10"]["parquet"]["test"][0]
+    path.parent.mkdir(parents=True)
+    good = png((32, 32))
+    for image, label, message in [
+        (png((1, 1)), 1, "row 2.*32x32"), (png((28, 28)), 1, "row 2.*32x32"), (png((32, 32), False), 1, "single value.*row 2"),
+        ({"bytes": good["bytes"][:-60], "path": ""}, 1, "row 2.*encoded picture"), ({"bytes": b"junk", "path": ""}, 1, "row 2.*encoded picture"),
+        ({"bytes": None, "path": ""}, 1, "row 2"), (None, 1, "row 2"), (good, 10, "10 in row 2"), (good, None, "labels in .*test.parquet"),
+    ]:
+        pq.write_table(pa.table({"img": [good, good, image], "label": [0, 1, label]}), path)
+        with pytest.raises(ValueError, match=message):
+            load_data("cifar10", "test", root=tmp_path)
+
+
+def test_damaged_fashion_mnist(tmp_path, monkeypatch):
+    def write(file, array):
+        (tmp_path / file).write_bytes(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes())
+
+    monkeypatch.setitem(ROWS, "fashion_mnist", {"train": 20, "test": 20})
+    images, labels = LAYOUTS["fashion_mnist"]["torchvision"]["test"]
+    (tmp_path / images).parent.mkdir(parents=True)
+    x, y = np.random.RandomState(0).randint(0, 256, (20, 28, 28)).astype(np.uint8), (np.arange(20) % 10).astype(np.uint8)
+    write(images, x)
+    write(labels, y)
+    assert load_data("fashion_mnist", "test", root=tmp_path).y.tolist() == y.tolist()
+    for bad_x, bad_y, message in [(y, y, "images.*28, 28"), (x.reshape(20, 14, 56), y, "14, 56"), (0 * x, y, "single value"), (x, x, "labels"), (x, 0 * y, "every row"), (x, y + 1, "10 in row 9")]:
+        write(images, bad_x)
+        write(labels, bad_y)
+        with pytest.raises(ValueError, match=message):
+            load_data("fashion_mnist", "test", root=tmp_path)
+
+
 def test_truncated_fashion_mnist(tmp_path):
     need("fashion_mnist")
     raw = tmp_path / "FashionMNIST/raw"
@@ -186,6 +231,30 @@ def test_resnet9_learns_and_repeats():
     train(second, (x, y), **recipe)
     assert torch.equal(weights(first), weights(second)) and accuracy(first, (x, y)) == 1.0
     assert_close(predict(first, x, batch_size=5), predict(first, x), rtol=1e-4, atol=1e-5)
+
+
+def test_failed_training_of_resnet9_changes_nothing():
+    data = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 10
+    model = ResNet9().train()
+    model.brick1.norm.eval()
+    before, modes = weights(model), [m.training for m in model.modules()]
+    with pytest.raises(ValueError, match="diverged"):
+        train(model, data, CIFAR10_RECIPE, schedule="constant", epochs=3, lr=1e30, batch_size=8, progress=False)
+    assert torch.equal(weights(model), before) and [m.training for m in model.modules()] == modes
+    predict(model, data[0])
+    assert torch.equal(weights(model), before) and [m.training for m in model.modules()] == modes
+    train(model, (data[0][:9], data[1][:9]), epochs=1, batch_size=8, progress=False)  # one 32x32 picture is enough for its norms
+    assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, True, 2.0, "8", None])
+def test_batch_sizes_that_are_none(batch_size):
+    digits = load_data("digits").subset([0, 1, 2])
+    for call in (predict, accuracy):
+        with pytest.raises(ValueError, match="batch_size"):
+            call(digits_mlp(), digits, batch_size=batch_size)
+    with pytest.raises((ValueError, TypeError), match="batch_size"):
+        train(digits_mlp(), digits, batch_size=batch_size, progress=False)
 
 
 def test_digits_accuracy():
