@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'Source', 'column_source', 'stable_index', 'dataset_source', 'loader_source', 'as_source', 'Features',
-           'fitting_batch', 'check_ntk', 'scaled_jacobian', 'summed_gradient', 'self_check', 'on_device',
-           'side_outputs', 'feature_pass', 'new_projection', 'like_projection', 'tangent_features']
+           'fitting_batch', 'check_ntk', 'scaled_jacobian', 'sketch_rows', 'summed_gradient', 'self_check', 'on_device',
+           'side_outputs', 'feature_pass', 'check_same_output', 'check_same_features', 'new_projection',
+           'like_projection', 'tangent_features']
 
-# %% ../nbs/14_features.ipynb #3881d005
+# %% ../nbs/14_features.ipynb #7af7e891
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.func import functional_call
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Subset, default_collate
 
 from .core import as_indices, pick_device, problem, progress_bar
-from .jacobian import check_ready, param_shapes, vmap_jacobian
+from .jacobian import check_measurable, check_ready, param_shapes, plain_attention, vmap_jacobian
 from .outputs import Output, as_output, call_model, labels_of, map_batch, model_inputs
 from .outputs import batch_size as examples_in
 from .sketch import Projector
@@ -106,7 +107,7 @@ def as_source(
         return column_source(data)
     return dataset_source(data)
 
-# %% ../nbs/14_features.ipynb #122c08ce
+# %% ../nbs/14_features.ipynb #c2802571
 @dataclass(frozen=True, eq=False)
 class Features:
     "Tangent features of a set of examples, and how they were made."
@@ -118,6 +119,7 @@ class Features:
     output: str # name of the measured output
     ntk: Mapping | None = None # factor for each parameter's Jacobian, None: all 1
     residual_note: str = "" # why there is no residual
+    fn: Callable | None = None # the measured function itself, to tell unnamed ones apart; left behind when pickled
 
     @property
     def params(self) -> list[str]:
@@ -126,6 +128,9 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.Phi)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "fn"}
 
     def _each(self, change) -> "Features":
         changed = {name: change(t) for name in ("Phi", "residual", "labels", "index") if (t := getattr(self, name)) is not None}
@@ -183,6 +188,24 @@ def scaled_jacobian(
         rows[name] *= factor
     return rows
 
+# %% ../nbs/14_features.ipynb #8d037311
+def sketch_rows(
+    projector: Projector, # what sketches
+    rows: dict[str, Tensor], # name -> (b, *shape) Jacobians
+    start: int = 0, # position of the first example
+    index: Tensor | None = None, # (n,) stable numbers of all examples
+    out: Tensor | None = None, # (b, m) to write to
+) -> Tensor: # (b, m)
+    "Sketch a batch; an example that is not finite is named by position and stable number."
+    try:
+        return projector(rows, out=out, start=start)
+    except ValueError as error:
+        good = torch.stack([torch.isfinite(g.reshape(len(g), g[0].numel())).all(dim=1) for g in rows.values()]).all(dim=0)
+        if index is None or bool(good.all()):
+            raise
+        position = start + int((~good).nonzero()[0])
+        raise ValueError(f"{error} The stable index of example {position} is {int(index[position])}.") from error
+
 # %% ../nbs/14_features.ipynb #69315f5f
 def summed_gradient(
     model: nn.Module, # in the mode in which it is measured
@@ -201,17 +224,18 @@ def summed_gradient(
         grads = torch.autograd.grad(values @ weights.to(values), list(leaves.values()), allow_unused=True)
     return {name: torch.zeros_like(known[name]) if g is None else g for name, g in zip(names, grads)}
 
-# %% ../nbs/14_features.ipynb #318c09ae
+# %% ../nbs/14_features.ipynb #e85849f6
 def self_check(
     model: nn.Module, # checked with `check_ready`
     batch, # the first examples
     output: Output, # what is measured
     projector: Projector, # what sketches it
     ntk: Mapping | None = None, # name -> factor
+    index: Tensor | None = None, # stable numbers of the examples, for messages
 ) -> float: # relative difference
     "Weighted sum of sketches against sketch of the weighted sum; raises if the model couples its examples."
     names, b = list(projector.shapes), examples_in(batch)
-    sketches = projector(scaled_jacobian(model, batch, output, names, ntk))
+    sketches = sketch_rows(projector, scaled_jacobian(model, batch, output, names, ntk), index=index)
     w = 1 + torch.arange(b, device=sketches.device, dtype=sketches.dtype) / b
     total = {name: (ntk or {}).get(name, 1.0) * g[None] for name, g in summed_gradient(model, batch, output, names, w).items()}
     size = w @ torch.linalg.vector_norm(sketches, dim=1)
@@ -238,7 +262,7 @@ def on_device(
         if home != device:
             model.to(home)
 
-# %% ../nbs/14_features.ipynb #6f2403da
+# %% ../nbs/14_features.ipynb #2ad24a75
 @torch.no_grad()
 def side_outputs(
     model: nn.Module, # any module
@@ -246,7 +270,8 @@ def side_outputs(
     output: Output, # what is measured
 ) -> tuple[Tensor | None, Tensor | None, str]: # residual (b,), labels (b,), why there is no residual
     "Labels and residuals of a batch; checks that the output gives one number for each example."
-    model_output = call_model(model, batch)
+    with plain_attention():  # as the Jacobians see it
+        model_output = call_model(model, batch)
     output(model_output, batch)
     try:
         labels = labels_of(batch)
@@ -259,7 +284,7 @@ def side_outputs(
     except (ValueError, TypeError) as error:
         return None, labels, str(error)
 
-# %% ../nbs/14_features.ipynb #c47902ec
+# %% ../nbs/14_features.ipynb #cb96c65b
 def feature_pass(
     model: nn.Module, # on `device`, checked
     source: Source, # what to read
@@ -281,15 +306,46 @@ def feature_pass(
         note = why if start == 0 else note
         if bool(why) != bool(note):
             raise ValueError(problem(f"labels of examples {start} to {stop - 1}", "labels like those before", why or "labels where there were none", "look at these labels."))
-        rows = projector(scaled_jacobian(model, batch, output, names, ntk), out=buffer[: stop - start], start=start)
-        Phi[start:stop] = rows
+        rows = scaled_jacobian(model, batch, output, names, ntk)
+        Phi[start:stop] = sketch_rows(projector, rows, start, source.index, buffer[: stop - start])
         residuals.append(residual)
         labels.append(y)
         start = stop
     gathered = [None if any(t is None for t in parts) else torch.cat(parts).cpu() for parts in (residuals, labels)]
-    return Features(Phi, *gathered, source.index, projector, output.name, ntk, note)
+    return Features(Phi, *gathered, source.index, projector, output.name, ntk, note, output.fn)
 
-# %% ../nbs/14_features.ipynb #7d117a05
+# %% ../nbs/14_features.ipynb #9b708770
+def check_same_output(
+    name: str, # of the output of the training features
+    fn: Callable | None, # its function, None if it is not known any more
+    other_name: str, # of the output of the queries
+    other_fn: Callable | None, # its function
+) -> None:
+    "Refuse two outputs with different names, or without names and not the same function."
+    if name != other_name:
+        raise ValueError(problem("output", f"{name}, as in the training features", other_name, "a kernel compares one function at two inputs; measure the same output for both."))
+    unnamed = name == "<lambda>" or any(name == type(f).__name__ for f in (fn, other_fn) if f is not None) or name == "partial"
+    if unnamed and (fn is None or fn is not other_fn):
+        raise ValueError(problem("output", "the function that the training features measured", f"another function called {name}", 'give the function a name: Output("name", fn), for training data and queries alike.'))
+
+
+def check_same_features(
+    train, # Features of the training data
+    queries, # Features of the queries
+) -> None:
+    "Raise if two sets of features differ in output, projector or factors."
+    check_same_output(train.output, getattr(train, "fn", None), queries.output, getattr(queries, "fn", None))
+    remedy = "make the queries with tangent_features(..., like=train)."
+    for name in ("proj_type", "proj_dim", "proj_seed", "shapes"):
+        had, got = getattr(train.projector, name), getattr(queries.projector, name)
+        if had != got:
+            differ = [key for key in {**had, **got} if had.get(key) != got.get(key)] if name == "shapes" else None
+            raise ValueError(problem(f"queries, {name}", "that of the training features" if differ else repr(had), f"a difference in {differ[:3]}" if differ else repr(got), remedy))
+    had, got = ({key: float(factor) for key, factor in (f.ntk or {}).items() if factor != 1} for f in (train, queries))
+    if had != got:
+        raise ValueError(problem("queries, ntk", f"the factors {had or None} of the training features", got or None, remedy))
+
+# %% ../nbs/14_features.ipynb #cf643c4b
 DEFAULTS = {"proj_dim": None, "proj_type": "fold", "proj_seed": 0, "params": None, "ntk": None}
 
 
@@ -311,12 +367,11 @@ def new_projection(
 def like_projection(
     like: Features, # made before
     model: nn.Module, # must have the same parameters
-    output: str, # name of the output, must be the same
+    output: Output, # must be the same
     **asked, # the arguments of `new_projection`
 ) -> tuple[Projector, Mapping | None]: # projector and factors of `like`
     "The projection of earlier features, if model, output and arguments fit."
-    if output != like.output:
-        raise ValueError(problem("output", f"{like.output}, as in like=", output, "a kernel compares one function at two inputs; measure the same output for both."))
+    check_same_output(like.output, getattr(like, "fn", None), output.name, output.fn)
     known = dict(model.named_parameters())
     wrong = [name for name, shape in like.projector.shapes.items() if name not in known or known[name].shape != shape]
     if wrong:
@@ -329,7 +384,7 @@ def like_projection(
         raise ValueError(problem(clash[0], f"{had[clash[0]]!r} as in like=", repr(asked[clash[0]]), "leave it out, or make new features for both sides."))
     return like.projector, like.ntk
 
-# %% ../nbs/14_features.ipynb #dd1653cd
+# %% ../nbs/14_features.ipynb #e08b5832
 def tangent_features(
     model: nn.Module, # trained, in evaluation mode
     data, # Dataset, DataLoader that does not shuffle, (X, y), dictionary of tensors, or X
@@ -349,13 +404,13 @@ def tangent_features(
     output, source, device = as_output(output), as_source(data), pick_device(device, model)
     check_ready(model)
     asked = dict(proj_dim=proj_dim, proj_type=proj_type, proj_seed=proj_seed, params=params, ntk=ntk)
-    projector, ntk = new_projection(model, **asked) if like is None else like_projection(like, model, output.name, **asked)
+    projector, ntk = new_projection(model, **asked) if like is None else like_projection(like, model, output, **asked)
     if batch_size is None:
         batch_size = fitting_batch(projector.p, max(p.element_size() for p in model.parameters()))
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise ValueError(problem("batch_size", "a whole number of at least 1, or None", repr(batch_size), "it only trades memory for time."))
     with on_device(model, device):
         first = map_batch(lambda t: t.to(device), next(source.read(min(16, max(2, batch_size)))))
-        side_outputs(model, first, output)  # the plainest error first: an output that does not fit
-        self_check(model, first, output, projector, ntk)
+        check_measurable(model, first, output, list(projector.shapes))  # the plainest error first
+        self_check(model, first, output, projector, ntk, source.index)
         return feature_pass(model, source, output, projector, ntk, batch_size, device, progress)

@@ -99,7 +99,7 @@ def logits_of(
         raise TypeError(problem("model output", "a tensor of logits, or an object with .logits", type(model_output).__name__, "write your own output: a function (model_output, batch) -> (b,)."))
     return logits
 
-# %% ../nbs/10_outputs.ipynb #427a4421
+# %% ../nbs/10_outputs.ipynb #c9ad81a8
 @dataclass(frozen=True)
 class Output:
     "A measurement function with a name, and the loss derivative that TRAK weights examples with."
@@ -108,18 +108,30 @@ class Output:
     residual_fn: Callable | None = None # (model_output, batch) -> (b,), |d loss / d f| of cross-entropy
     check_fn: Callable | None = None # (model_output, batch) -> None, raises on bad labels
 
-    def check(self, model_output, batch) -> None:
+    def check(
+        self,
+        model_output, # for these examples, or for the first of them
+        batch, # tensor, tuple or dictionary
+    ) -> None:
         "Raise if this batch cannot be measured."
         if self.check_fn is not None:
             self.check_fn(model_output, batch)
 
-    def __call__(self, model_output, batch) -> Tensor:
-        "The measured number of each example, (b,)."
+    def __call__(
+        self,
+        model_output, # whatever the model returned
+        batch, # what it was called with, labels included
+    ) -> Tensor: # (b,)
+        "The measured number of each example."
         self.check(model_output, batch)
         return one_each(self.fn(model_output, batch), batch_size(batch), self.name)
 
-    def residual(self, model_output, batch) -> Tensor | None:
-        "|d loss / d f| of each example, (b,); None where no loss is known."
+    def residual(
+        self,
+        model_output, # whatever the model returned
+        batch, # what it was called with, with labels
+    ) -> Tensor | None: # (b,), from 0 to 1 for cross-entropy; None where no loss is known
+        "|d loss / d f| of each example."
         if self.residual_fn is None:
             return None
         self.check(model_output, batch)
@@ -139,7 +151,7 @@ def one_each(
         raise TypeError(problem(f"output {name}", "a real, differentiable number", value.dtype, "measure logits, not predicted classes."))
     return value
 
-# %% ../nbs/10_outputs.ipynb #2e9af2aa
+# %% ../nbs/10_outputs.ipynb #94dcafab
 def class_logits(
     model_output, # of a classifier
 ) -> Tensor: # (b, C)
@@ -158,29 +170,31 @@ def check_labels(
     classes, y = class_logits(model_output).shape[1], labels_of(batch)
     if classes < 2:
         raise ValueError(problem("logits", "two classes or more", "one logit", "a binary classifier with one logit is measured by logit(0)."))
-    if y.ndim != 1 or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(problem("labels", "one class number for each example, int64 (b,)", f"{y.dtype} of shape {tuple(y.shape)}", "give class numbers, not one-hot rows or probabilities."))
+    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(problem("labels", "one class number for each example, integers (b,)", f"{y.dtype} of shape {tuple(y.shape)}", "give class numbers, not one-hot rows or probabilities."))
+    y = y.long()
     if y.min() < 0 or y.max() >= classes:
         raise ValueError(problem("labels", f"class numbers from 0 to {classes - 1}", f"{y.min().item()} to {y.max().item()}", "compare the label encoding with the model's last layer."))
 
-# %% ../nbs/10_outputs.ipynb #93332917
+# %% ../nbs/10_outputs.ipynb #3c6d89e9
 def log_odds(
     z: Tensor, # (b, C) logits
-    c: Tensor, # (b,) a class for each example
+    c: Tensor, # (b,) a class for each example, of any integer type
 ) -> Tensor: # (b,) log p_c / (1 - p_c)
     "The log-odds of one class of each example, computed from logits without cancellation."
+    c = c.long()
     chosen = torch.arange(z.shape[1], device=z.device) == c[:, None]
     rivals = z.masked_fill(chosen, float("-inf")).logsumexp(dim=1)
     return z.gather(1, c[:, None]).squeeze(1) - rivals
 
-# %% ../nbs/10_outputs.ipynb #8d1a9650
+# %% ../nbs/10_outputs.ipynb #cca44e24
 def pull(
     model_output, # of a classifier
     batch, # with labels
     c: int | None = None, # the class whose logit is measured; None: the label
 ) -> Tensor: # (b,) |p_c - 1[y = c]|
     "How strongly cross-entropy pulls on the logit of a class, to full relative precision."
-    z, y = class_logits(model_output), labels_of(batch)
+    z, y = class_logits(model_output), labels_of(batch).long()
     chosen = y if c is None else torch.full_like(y, c)
     odds = log_odds(z, chosen)
     return torch.sigmoid(torch.where(chosen == y, -odds, odds))
@@ -208,9 +222,9 @@ def logit(
     c = c.__index__()
     return Output(f"logit({c})", partial(_class_logit, c=c), partial(_class_pull, c=c))
 
-# %% ../nbs/10_outputs.ipynb #2c6a6ef5
+# %% ../nbs/10_outputs.ipynb #d03f524c
 def _true_logit(model_output, batch):
-    return class_logits(model_output).gather(1, labels_of(batch)[:, None]).squeeze(1)
+    return class_logits(model_output).gather(1, labels_of(batch).long()[:, None]).squeeze(1)
 
 
 def true_logit() -> Output: # f = z_y, (b,)
@@ -226,10 +240,10 @@ def margin() -> Output: # f = log p_y / (1 - p_y), (b,)
     "The log-odds of the label: TRAK's output function."
     return Output("margin", _margin, pull, check_labels)
 
-# %% ../nbs/10_outputs.ipynb #90176b9e
+# %% ../nbs/10_outputs.ipynb #a8e5abc6
 def _log_prob(model_output, batch):
     logp = class_logits(model_output).log_softmax(dim=1)
-    return logp.gather(1, labels_of(batch)[:, None]).squeeze(1)
+    return logp.gather(1, labels_of(batch).long()[:, None]).squeeze(1)
 
 
 def _ones(model_output, batch):
@@ -241,12 +255,14 @@ def log_prob() -> Output: # f = log p_y, (b,), in nats
     "The log-probability of the label: the negative cross-entropy."
     return Output("log_prob", _log_prob, _ones, check_labels)
 
-# %% ../nbs/10_outputs.ipynb #5f8952be
+# %% ../nbs/10_outputs.ipynb #e5dbf586
 def _token_labels(model_output, batch, shift):
     z, y = logits_of(model_output), labels_of(batch)
     if z.ndim != 3 or y.ndim != 2 or y.shape[1] != z.shape[1]:
         raise ValueError(problem("token_log_prob", "logits (b, T, C) and labels (b, T)", f"logits {tuple(z.shape)} and labels {tuple(y.shape)}", "use log_prob() for a classifier with one label for each example."))
-    return (z[:, :-1], y[:, 1:]) if shift else (z, y)
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise ValueError(problem("labels", "token numbers, integers (b, T)", y.dtype, "keep token numbers in an integer tensor, from the tokenizer on."))
+    return (z[:, :-1], y[:, 1:].long()) if shift else (z, y.long())
 
 
 def _check_tokens(model_output, batch, shift, ignore):
@@ -256,7 +272,7 @@ def _check_tokens(model_output, batch, shift, ignore):
         first = (~used.any(dim=1)).nonzero()[0].item()
         raise ValueError(problem("labels", f"a counted position in every example (shift={shift})", f"none in example {first}", "drop examples without an answer; their Jacobian is zero."))
     y = y[used]
-    if y.is_floating_point() or y.min() < 0 or y.max() >= z.shape[-1]:
+    if y.min() < 0 or y.max() >= z.shape[-1]:
         raise ValueError(problem("labels", f"token numbers from 0 to {z.shape[-1] - 1}, or {ignore}", f"{y.min().item()} to {y.max().item()}", "compare the tokenizer with the model's vocabulary."))
 
 # %% ../nbs/10_outputs.ipynb #de0a51dc

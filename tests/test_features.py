@@ -1,17 +1,19 @@
 """Sketches and feature passes: what must not depend on batch, block, process, device or company."""
 import hashlib
 import os
+import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from infotda.features import tangent_features
-from infotda.outputs import logit, true_logit
+from infotda.features import check_same_features, tangent_features
+from infotda.outputs import Output, logit, true_logit
 from infotda.sketch import Projector, add_normal, add_rademacher, normal_entry, philox4x32, rademacher_entry
 
 TYPES = ["fold", "rademacher", "normal"]
@@ -230,6 +232,71 @@ def test_like_and_subset():
     assert_close(query.Phi, train.subset([3, 8]).Phi, rtol=1e-4, atol=1e-5)
     assert query.params == train.params and query.ntk == train.ntk
     assert train.subset([8, 3]).labels.tolist() == [y[8].item(), y[3].item()]
+
+
+def class_logit(logits, batch, c):
+    return logits[:, c]
+
+
+class OneClass:
+    def __init__(self, c):
+        self.c = c
+
+    def __call__(self, logits, batch):
+        return logits[:, self.c]
+
+
+@pytest.mark.parametrize("make", [lambda c: lambda logits, batch: logits[:, c], lambda c: partial(class_logit, c=c), OneClass])
+def test_unnamed_functions_are_told_apart(make):
+    model, (x, y) = net(), examples()
+    here, there = make(1), make(2)
+    train = tangent_features(model, (x, y), here, proj_dim=32, progress=False)
+    query = tangent_features(model, x[:2], here, like=train, progress=False)
+    check_same_features(train, query)
+    with pytest.raises(ValueError, match=r'Output\("name", fn\)'):
+        tangent_features(model, x[:2], there, like=train, progress=False)
+    other = tangent_features(model, x[:2], there, proj_dim=32, progress=False)
+    with pytest.raises(ValueError, match=r'Output\("name", fn\)'):
+        check_same_features(train, other)
+    stored = pickle.loads(pickle.dumps(train))  # a lambda does not stand in the way, but is forgotten
+    assert_close(stored.Phi, train.Phi)
+    with pytest.raises(ValueError, match=r'Output\("name", fn\)'):
+        tangent_features(model, x[:2], here, like=stored, progress=False)
+    named = tangent_features(model, (x, y), Output("class 1", here), proj_dim=32, progress=False)
+    check_same_features(pickle.loads(pickle.dumps(named)), tangent_features(model, x[:2], Output("class 1", make(1)), like=named, progress=False))
+
+
+def test_features_of_different_settings_are_told_apart():
+    model, (x, y) = net(), examples()
+    options = dict(output=logit(1), proj_dim=32, progress=False)
+    train = tangent_features(model, (x, y), **options)
+    check_same_features(train, tangent_features(model, x[:2], **options))
+    for change, word in [({"output": logit(2)}, "output"), ({"proj_dim": 33}, "proj_dim"), ({"proj_seed": 1}, "proj_seed"), ({"proj_type": "normal"}, "proj_type"), ({"params": "7.*"}, "shapes"), ({"ntk": {"7.weight": 0.5}}, "ntk")]:
+        with pytest.raises(ValueError, match=word):
+            check_same_features(train, tangent_features(model, x[:2], **{**options, **change}))
+
+
+class Numbered(TensorDataset):
+    index = torch.arange(100, 123)
+
+
+@pytest.mark.parametrize("position", [2, 20])
+def test_a_bad_example_is_named_by_position_and_stable_index(position):
+    model, (x, y) = net(), examples()
+    x[position] = float("nan")
+    data = Numbered(x, y)
+    with pytest.raises(ValueError, match=rf"example {position},.*stable index of example {position} is {100 + position}"):
+        tangent_features(model, data, logit(0), proj_dim=16, batch_size=4, progress=False)
+    with pytest.raises(ValueError, match=rf"example 1,.*stable index of example 1 is {100 + position}"):
+        tangent_features(model, Subset(data, [0, position]), logit(0), proj_dim=16, progress=False)
+
+
+def test_constant_outputs_are_refused():
+    model, (x, y) = net(), examples()
+    with pytest.raises(ValueError, match="do not detach"):
+        tangent_features(model, (x, y), lambda z, b: z.argmax(1).float(), proj_dim=16, progress=False)
+    with pytest.raises(TypeError, match="the parameters' type"):
+        tangent_features(model, x.double(), logit(0), proj_dim=16, progress=False)
 
 
 class Shifted(nn.Module):

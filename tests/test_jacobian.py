@@ -1,6 +1,7 @@
 """Per-example Jacobians against autograd, one example at a time, over many kinds of models."""
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -44,6 +45,30 @@ class TiedDecoder(nn.Module):
         return {"logits": self.score(self.block(self.embed(input_ids), src_mask=causal))}
 
 
+class Encoder(nn.Module):
+    "PyTorch's own encoder with a padding mask: in evaluation mode it would take the nested-tensor fast path."
+
+    def __init__(self, vocabulary=13, width=8, classes=3):
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.encode = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 2, 16, batch_first=True), 2)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": self.head(self.encode(self.embed(input_ids), src_key_padding_mask=attention_mask == 0)[:, 0])}
+
+
+class Temperature(nn.Linear):
+    "Logits times a parameter without dimensions."
+
+    def __init__(self):
+        super().__init__(6, 3)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
 def convolutions():
     return nn.Sequential(nn.Conv2d(2, 6, 3, groups=2, stride=2, dilation=2), nn.GroupNorm(3, 6), nn.GELU(),
         nn.Flatten(2), nn.Conv1d(6, 4, 3, padding=1), nn.Flatten(), nn.Linear(36, 3))
@@ -69,6 +94,11 @@ def build(name):
     elif name == "tied decoder":
         ids = torch.randint(0, 13, (4, 5))
         case = TiedDecoder(), {"input_ids": ids, "labels": ids.clone().index_fill_(1, torch.tensor([1]), -100), "use_cache": False}, token_log_prob()
+    elif name == "encoder":
+        mask = (torch.arange(5) < torch.tensor([[5], [3], [1], [4]])).long()
+        case = Encoder(), {"input_ids": torch.randint(0, 13, (4, 5)), "attention_mask": mask}, logit(1)
+    elif name == "scalar parameter":
+        case = Temperature(), (torch.rand(4, 6), y), margin()
     elif name == "convolutions":
         case = convolutions(), torch.rand(4, 2, 10, 10), logit(2)
     model, batch, output = case
@@ -99,7 +129,7 @@ def deviation(a, b):
     return ((a - b).norm(dim=1) / b.norm(dim=1)).max().item()
 
 
-NAMES = ["mlp", "mlp with bias", "resnet9", "resnet18", "attention", "tied decoder", "convolutions"]
+NAMES = ["mlp", "mlp with bias", "resnet9", "resnet18", "attention", "tied decoder", "convolutions", "encoder", "scalar parameter"]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -186,6 +216,76 @@ def test_user_output_on_a_model_of_its_own_kind():
     rows = per_example_jacobian(Pair(), x, lambda out, batch: (out[0][:, 0] * batch[:, 1]))
     assert_close(rows["linear.weight"][:, 0], x * x[:, 1:2])
     assert_close(rows["linear.bias"][:, 1], torch.zeros(5))
+
+
+def test_detached_outputs_are_refused():
+    model, batch, _ = build("mlp")
+    for fn in (lambda z, b: z[:, 0].detach(), lambda z, b: z.argmax(1).to(z), lambda z, b: torch.ones(len(z))):
+        with pytest.raises(ValueError, match="do not detach"):
+            per_example_jacobian(model, batch, fn)
+
+
+def test_an_output_that_does_not_reach_the_selected_parameters_is_refused():
+    model, batch, _ = build("mlp")
+    first = model.linear1
+
+    class Early(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = first, nn.Linear(16, 3).double()
+
+        def forward(self, x):
+            h = self.first(x.flatten(1))
+            return {"logits": self.second(h), "hidden": h}
+
+    def hidden(out, batch):
+        return out["hidden"][:, 0]
+
+    assert per_example_jacobian(Early(), batch, hidden, params="first.*")["first.weight"].abs().sum() > 0
+    with pytest.raises(ValueError, match="selected parameters"):
+        per_example_jacobian(Early(), batch, hidden, params="second.*")
+
+
+@pytest.mark.parametrize("module", [nn.Embedding(5, 3, max_norm=0.5), nn.EmbeddingBag(5, 3, max_norm=0.5), nn.FractionalMaxPool2d(2, output_size=3)])
+@pytest.mark.parametrize("training", [True, False])
+def test_refused_in_any_mode(module, training):
+    with pytest.raises(ValueError, match="max_norm|random pooling"):
+        check_ready(nn.Sequential(module).train(training))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_spectral_normalisation(norm):
+    torch.manual_seed(0)
+    model, x = norm(nn.Linear(4, 3)).double(), torch.rand(5, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="spectral"):
+        per_example_jacobian(model.train(), x, logit(0))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    rows = per_example_jacobian(model.eval(), x, logit(0))
+    assert_close(rows, one_at_a_time(model, x, logit(0)))
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_precision_mismatch_is_named():
+    x = torch.rand(4, 3)
+    for model, batch in [(nn.Linear(3, 2).double(), x), (nn.Linear(3, 2), x.double()), (nn.Linear(3, 2), (x.double(), torch.zeros(4, dtype=torch.long)))]:
+        with pytest.raises(TypeError, match="the parameters' type"):
+            per_example_jacobian(model, batch, logit(0))
+    with pytest.raises(RuntimeError, match="shapes"):  # another reason stays what it is
+        per_example_jacobian(nn.Linear(4, 2), x, logit(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_small_integer_labels(dtype):
+    model, (x, y), output = build("mlp")
+    assert_close(per_example_jacobian(model, (x, y.to(dtype)), output), per_example_jacobian(model, (x, y), output))
+
+
+def test_chunk_sizes():
+    model, batch, output = build("mlp")
+    assert_close(per_example_jacobian(model, batch, output, chunk_size=np.int64(3)), per_example_jacobian(model, batch, output))
+    for bad in (True, 0, -1, 2.0, "4"):
+        with pytest.raises(ValueError, match="chunk_size"):
+            per_example_jacobian(model, batch, output, chunk_size=bad)
 
 
 @pytest.mark.gpu
