@@ -1,0 +1,164 @@
+"""Greedy selection: CPU time beside the matrix products that no method can avoid, and beside per-query Sherman-Morrison.
+
+    python bench/greedy.py            all cases, a few minutes, writes bench/results/greedy.json
+    python bench/greedy.py --quick    small cases, seconds, writes nothing
+
+Each case runs in a process of its own, on one thread. The floor of a case is the product Phi (n x m) . (m x queries), once
+for each step, by the fastest routine at hand. `naive` keeps one m x m inverse per query and reads all features twice a step.
+Peak memory counts from just before the features are made.
+"""
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from infotda.core import environment
+from infotda.greedy import InfoGain, InfoLoss, ApproxInfoGain, fast_product, onednn_works, plan
+
+CASES = {  # name: rule, n, m, queries, k, pool (None: all rows), memory-mapped, repetitions, queries of the naive method
+    "n50k-m512": (InfoGain, 50_000, 512, 100, 100, None, False, 3, 2),
+    "n10k-m4096": (InfoGain, 10_000, 4096, 100, 100, None, False, 3, 2),
+    "pool5k-m512": (InfoGain, 50_000, 512, 100, 100, 5_000, False, 3, 0),
+    "pool5k-m4096": (InfoGain, 10_000, 4096, 100, 100, 5_000, False, 3, 0),
+    "approx-n50k-m512": (ApproxInfoGain, 50_000, 512, 100, 100, None, False, 2, 0),
+    "loss-n50k-m512": (InfoLoss, 50_000, 512, 100, 100, None, False, 2, 0),
+    "n1m-m512-file": (InfoGain, 1_000_000, 512, 100, 100, None, True, 1, 0),
+}
+QUICK = {
+    "n4k-m128": (InfoGain, 4_000, 128, 30, 20, None, False, 2, 2),
+    "pool400-m1024": (InfoGain, 4_000, 1024, 60, 20, 400, False, 2, 0),
+    "loss-n4k-m128": (InfoLoss, 4_000, 128, 30, 20, None, False, 1, 0),
+    "n20k-m64-file": (InfoGain, 20_000, 64, 20, 10, None, True, 1, 0),
+}
+
+
+def peak_bytes() -> int:
+    "Largest resident size of this process so far."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cpu(call, *args):
+    "CPU seconds and result of a call."
+    start = time.process_time()
+    result = call(*args)
+    return time.process_time() - start, result
+
+
+def naive(Phi, phi, noise_var, k):
+    "One query by Sherman-Morrison on an m x m inverse."
+    Phi, P_inv = Phi.numpy(), np.eye(len(phi), dtype=np.float32)
+    phi, v, free, S = phi.numpy(), np.einsum("ij,ij->i", Phi, Phi), np.ones(len(Phi), dtype=bool), []
+    for _ in range(k):
+        c = Phi @ (P_inv @ phi)
+        j = int(np.where(free, c * c / (v + noise_var), -1.0).argmax())
+        t, d = P_inv @ Phi[j], noise_var + v[j]
+        P_inv -= np.outer(t, t / d)
+        v -= (Phi @ t) ** 2 / d
+        free[j] = False
+        S.append(j)
+    return S
+
+
+def features(n, m, path):
+    "Gaussian features with unit mean square norm, filled in place; in a file if a path is given."
+    Phi = torch.empty(n, m) if path is None else torch.from_file(str(path), shared=True, size=n * m, dtype=torch.float32).view(n, m)
+    gen = torch.Generator().manual_seed(0)
+    for part in Phi.split(2**14):
+        part.normal_(generator=gen).mul_(m**-0.5)
+    return Phi
+
+
+def measure(name, case, path=None):
+    "All figures of one case."
+    rule, n, m, q, k, pool, _, repetitions, naive_queries = case
+    torch.set_num_threads(1)
+    InfoGain().fit(torch.ones(200, 8)).select(torch.ones(2, 8), 2)      # lazy imports
+    base = peak_bytes()
+    Phi = features(n, m, path)
+    gen = torch.Generator().manual_seed(1)
+    phi = torch.randn(q, m, generator=gen) * m**-0.5 + Phi[:q]
+    candidates, rows = None, Phi
+    if pool is not None:
+        candidates = torch.zeros(n, dtype=torch.bool)
+        candidates[torch.randperm(n, generator=gen)[:pool]] = True
+    fit_seconds, fitted = cpu(rule().fit, Phi)
+    seconds, products, picked = [], [], fitted.select(phi, k, candidates)
+    peak = peak_bytes() - base                                           # before any product of the floor
+    for _ in range(repetitions):
+        products += [cpu(fast_product, phi, rows)[0] for _ in range(5 if n <= 100_000 else 2)]
+        spent, picked = cpu(fitted.select, phi, k, candidates)
+        seconds.append(spent)
+        products += [cpu(fast_product, phi, rows)[0] for _ in range(5 if n <= 100_000 else 2)]
+    floor = k * statistics.median(products)
+    result = {
+        "case": name, "rule": rule.__name__, "n": n, "m": m, "queries": q, "k": k, "pool": pool,
+        "route": plan(pool or n, fitted.kernel_.rows.shape[1], q, k).route,
+        "fit_cpu_s": fit_seconds, "select_cpu_s": statistics.median(seconds), "select_cpu_s_all": seconds,
+        "floor_cpu_s": floor, "over_floor": statistics.median(seconds) / floor,
+        "features_bytes": 4 * n * m, "peak_bytes": peak, "peak_over_features": peak / (4 * n * m),
+        "mean_nats": picked.total.mean().item(),
+    }
+    if pool is not None:
+        own = Phi[candidates]
+        result["pool_floor_cpu_s"] = k * statistics.median(cpu(fast_product, phi, own)[0] for _ in range(10))
+        result["over_pool_floor"] = result["select_cpu_s"] / result["pool_floor_cpu_s"]
+    if naive_queries:
+        spent, rankings = cpu(lambda: [naive(Phi, query, fitted.noise_var_, k) for query in phi[:naive_queries]])
+        assert rankings == picked.ranking[:naive_queries].tolist(), "the naive method chose other rows"
+        result["naive_cpu_s"] = spent / naive_queries * q
+        result["speedup"] = result["naive_cpu_s"] / result["select_cpu_s"]
+    return result
+
+
+def table(results):
+    "The figures as a plain table."
+    head = ["case", "route", "select s", "floor s", "ratio", "pool floor", "naive s", "speed-up", "peak/features", "peak MiB"]
+    lines = [[r["case"], r["route"], f"{r['select_cpu_s']:.2f}", f"{r['floor_cpu_s']:.2f}", f"{r['over_floor']:.2f}",
+              f"{r['over_pool_floor']:.2f}" if "over_pool_floor" in r else "", f"{r['naive_cpu_s']:.0f}" if "naive_cpu_s" in r else "",
+              f"{r['speedup']:.0f}x" if "speedup" in r else "", f"{r['peak_over_features']:.2f}", f"{r['peak_bytes'] / 2**20:.0f}"] for r in results]
+    widths = [max(len(line[i]) for line in [head] + lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in [head] + lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small cases, nothing written")
+    parser.add_argument("--only", action="append", help="only this case (may be repeated); nothing written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "greedy.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    cases = QUICK if args.quick else CASES
+    if args.one:
+        case = cases[args.one]
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(args.one, case, Path(folder) / "features" if case[6] else None)))
+        return
+    results = []
+    for name in args.only or cases:
+        command = [sys.executable, __file__, "--one", name] + (["--quick"] if args.quick else [])
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{name} failed:\n{done.stderr}")
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{name} done", file=sys.stderr)
+    print(table(results))
+    if not args.quick and not args.only:
+        torch.set_num_threads(1)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"environment": environment() | {"onednn": onednn_works()}, "cases": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
