@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['candidate_moments', 'linear_response', 'exact_response', 'response_error', 'response_bound', 'residual_query']
 
-# %% ../nbs/23_response.ipynb #5af0a86d
+# %% ../nbs/23_response.ipynb #a4cd8062
 import torch
 from torch import Tensor
 
-from .core import as_features
+from .core import as_features, as_indices, problem
 from .surrogate import Posterior, feature_blocks
 
-# %% ../nbs/23_response.ipynb #bf54617c
+# %% ../nbs/23_response.ipynb #7958faea
 def candidate_moments(
     Phi: Tensor, # (n, m) training features; every row is a candidate
     subset, # rows of S, observed already; may be empty
@@ -21,7 +21,7 @@ def candidate_moments(
 ) -> tuple[Tensor, Tensor, Tensor]: # var (q,), cov (n, q), candidate_var (n,): v_S, c_S(i), v_S(i), float64
     "The three posterior moments that decide the next step: query variance, covariances, candidate variances."
     Phi = as_features(Phi)
-    posterior = Posterior(Phi, noise_var, rows=subset)
+    posterior = Posterior(Phi, noise_var, rows=as_indices(subset, len(Phi)))
     r, alpha = posterior.regress(phi)
     var = r.square().sum(dim=1) + posterior.noise_var * alpha.square().sum(dim=0)
     cov, candidate_var = [], []
@@ -31,13 +31,23 @@ def candidate_moments(
         candidate_var.append(r_i.square().sum(dim=1) + posterior.noise_var * alpha_i.square().sum(dim=0))
     return var, torch.cat(cov), torch.cat(candidate_var)
 
-# %% ../nbs/23_response.ipynb #8c4e1439
+# %% ../nbs/23_response.ipynb #2bab5e51
+def _check_moments(noise_var: float, cov: Tensor, var: Tensor | None = None, candidate_var: Tensor | None = None) -> None:
+    "Raise unless sigma^2 is positive and the moments have the shapes (n, q), (q,) and (n,)."
+    if noise_var is None or not 0 < float(noise_var) < float("inf"):
+        raise ValueError(problem("noise_var", "the finite sigma^2 > 0 of the moments", noise_var, "give the number that candidate_moments used."))
+    for name, moment, dim in (("var", var, 1), ("candidate_var", candidate_var, 0)):
+        if cov.ndim != 2 or (moment is not None and moment.shape != cov.shape[dim:dim + 1]):
+            raise ValueError(problem(f"cov and {name}", "shapes (n, q) and " + ("(q,)" if dim else "(n,)"), f"{tuple(cov.shape)} and {None if moment is None else tuple(moment.shape)}", "give them as candidate_moments returns them."))
+
+
 def linear_response(
     var: Tensor, # (q,) query variances v_S
     cov: Tensor, # (n, q) covariances c_S(i)
     noise_var: float, # sigma^2
 ) -> Tensor: # (n, q) predicted variances; negative where the prediction is absurd: never take its logarithm
     "Variance of each query after one more example, by linear response (14): v_S - c_S(i)^2 / sigma^2."
+    _check_moments(noise_var, cov, var)
     return var - cov.square() / noise_var
 
 
@@ -46,30 +56,33 @@ def exact_response(
     cov: Tensor, # (n, q) covariances c_S(i)
     candidate_var: Tensor, # (n,) candidate variances v_S(i)
     noise_var: float, # sigma^2
-) -> Tensor: # (n, q) variances, positive for candidates outside S
+) -> Tensor: # (n, q) variances; a difference, so see info_gain for nats; for a row inside S, after a second copy of it
     "Variance of each query after one more example, exactly: v_S - c_S(i)^2 / (sigma^2 + v_S(i))."
+    _check_moments(noise_var, cov, var, candidate_var)
     return var - cov.square() / (noise_var + candidate_var[:, None])
 
-# %% ../nbs/23_response.ipynb #60b6fe8b
+# %% ../nbs/23_response.ipynb #d7d326bd
 def response_error(
     cov: Tensor, # (n, q) covariances c_S(i)
     candidate_var: Tensor, # (n,) candidate variances v_S(i)
     noise_var: float, # sigma^2
 ) -> Tensor: # (n, q) exact variance minus predicted variance, >= 0
     "The exact error of the linear response (74): c^2 v_i / (sigma^2 (sigma^2 + v_i))."
+    _check_moments(noise_var, cov, candidate_var=candidate_var)
     v_i = candidate_var[:, None]
     return cov.square() * v_i / (noise_var * (noise_var + v_i))
 
-# %% ../nbs/23_response.ipynb #9d3d9acc
+# %% ../nbs/23_response.ipynb #10211711
 def response_bound(
     cov: Tensor, # (n, q) covariances c_S(i)
     candidate_var: Tensor, # (n,) candidate variances v_S(i)
     noise_var: float, # sigma^2
 ) -> Tensor: # (n, q) an upper bound of response_error
     "The Taylor bound on the error of the linear response (79): c^2 v_i / sigma^4."
+    _check_moments(noise_var, cov, candidate_var=candidate_var)
     return cov.square() * candidate_var[:, None] / noise_var**2
 
-# %% ../nbs/23_response.ipynb #039e57d3
+# %% ../nbs/23_response.ipynb #3d67f92f
 def residual_query(
     Phi: Tensor, # (n, m) training features
     subset, # rows of S; may be empty, then the result is the query itself
@@ -77,4 +90,5 @@ def residual_query(
     noise_var: float | None = None, # sigma^2; None: the mean of k(x_i, x_i) over all of Phi
 ) -> Tensor: # (q, m) float64, r_S
     "The residual query r_S = P_S^{-1} phi (15); the next pick of the approximate rule maximises (phi_i . r_S)^2."
-    return Posterior(Phi, noise_var, rows=subset, form="dual").regress(phi)[0]
+    Phi = as_features(Phi)
+    return Posterior(Phi, noise_var, rows=as_indices(subset, len(Phi)), form="dual").regress(phi)[0]

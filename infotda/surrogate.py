@@ -50,7 +50,7 @@ def function_space_chol(
         A.addmm_(block, block.T)
     return cholesky(A, "A = K + noise_var I")
 
-# %% ../nbs/21_surrogate.ipynb #a2de15d8
+# %% ../nbs/21_surrogate.ipynb #e5b6ebf7
 class Posterior:
     "The surrogate after observing some rows of `Phi`: one Cholesky factor, ready for any number of queries."
 
@@ -65,11 +65,15 @@ class Posterior:
         n, m = self.Phi.shape
         self.noise_var = resolve_noise_var(noise_var, self.Phi)
         self.rows = as_indices(range(n) if rows is None else rows, n, "rows").to(self.Phi.device)
-        self.form = form or ("dual" if len(self.rows) < m else "primal")
+        self.form = ("dual" if len(self.rows) < m else "primal") if form is None else form
         if self.form not in ("primal", "dual"):
             raise ValueError(problem("form", "'primal', 'dual' or None", repr(form), "None takes the smaller matrix."))
         factor = weight_space_chol if self.form == "primal" else function_space_chol
         self.chol = factor(self.Phi, self.noise_var, self.rows)
+        trace = self.chol.square().sum().item() / (1.0 if self.form == "primal" else self.noise_var)
+        lowest = self.noise_var * trace * torch.finfo(torch.float64).eps / 3e-5
+        if not self.noise_var >= lowest:
+            raise ValueError(problem("noise_var", f"at least {lowest:.3g} for these {len(self.rows)} rows", f"{self.noise_var:.3g}", "float64 loses the digits of the posterior; use a larger noise_var, or fewer rows."))
 
     def regress(
         self,
@@ -208,7 +212,7 @@ def leave_out_variance(
     added = (a * chol_solve(cholesky(A_inv_SS, "I - H (leverage below 1)"), a)).sum(dim=0)
     return r.square().sum(dim=1) + noise_var * alpha.square().sum(dim=0) + added      # (25)
 
-# %% ../nbs/21_surrogate.ipynb #3f56c46e
+# %% ../nbs/21_surrogate.ipynb #b4237665
 def leverage_gap(
     posterior: Posterior, # the surrogate after observing D
 ) -> Tensor: # (n,) float64, 1 - h_j in (0, 1]
@@ -218,8 +222,9 @@ def leverage_gap(
         return posterior.noise_var * torch.linalg.solve_triangular(posterior.chol, eye, upper=False).square().sum(dim=0)
     whitened = (torch.linalg.solve_triangular(posterior.chol, block.T, upper=False) for block in feature_blocks(posterior.Phi, posterior.rows))
     gap = 1 - torch.cat([w.square().sum(dim=0) for w in whitened]) / posterior.noise_var
-    if not (gap > 0).all():
-        raise ValueError(problem("leverage", "values below 1", f"{(gap <= 0).sum().item()} row(s) at 1 in float64", "use form='dual', or a larger noise_var."))
+    lowest = 1e5 * torch.finfo(torch.float64).eps                          # below, the subtraction alone leaves fewer than five digits
+    if not (gap > lowest).all():
+        raise ValueError(problem("leverage", f"1 - h above {lowest:.1g}", f"{(gap <= lowest).sum().item()} row(s) nearer to 1, rounded away", "use info_loss(Phi, [j], ...) for these rows, form='dual', or a larger noise_var."))
     return gap
 
 
@@ -231,7 +236,7 @@ def leverage(
     "Leverage h_j = v_D(x_j) / sigma^2 of every training example."
     return 1 - leverage_gap(Posterior(Phi, noise_var, form=form))
 
-# %% ../nbs/21_surrogate.ipynb #9b227fe4
+# %% ../nbs/21_surrogate.ipynb #c55184a1
 def singleton_loss(
     Phi: Tensor, # (n, m) training features
     phi: Tensor, # (q, m) queries
@@ -257,7 +262,11 @@ def singleton_gain(
     blocks = [(block @ phi.T, block.square().sum(dim=1)) for block in feature_blocks(Phi, torch.arange(len(Phi), device=Phi.device))]
     k, k_jj = (torch.cat(parts) for parts in zip(*blocks))
     k_qq = phi.square().sum(dim=1)
-    rest = noise_var * k_qq + (k_jj[:, None] * k_qq - k.square())         # (k_jj + sigma^2) v_j, as two non-negative terms
+    apart = k_jj[:, None] * k_qq - k.square()                             # cancels where query and example are nearly parallel
+    for pairs in (k.square() > 0.99 * k_jj[:, None] * k_qq).nonzero().split(max(1, 2**22 // Phi.shape[1])):
+        j, i = pairs.unbind(dim=1)
+        apart[j, i] = k_jj[j] * (phi[i] - (k[j, i] / k_jj[j])[:, None] * Phi[j].double()).square().sum(dim=1)
+    rest = noise_var * k_qq + apart                                       # (k_jj + sigma^2) v_j, as two non-negative terms
     return 0.5 * torch.log1p(k.square() / rest.where(k_qq > 0, 1.0))
 
 # %% ../nbs/21_surrogate.ipynb #8e5f5e47

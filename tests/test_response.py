@@ -1,4 +1,5 @@
 """The linear response of infotda.response against the exact set functions."""
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,3 +54,18 @@ def test_float32_in_blocks_and_default_noise():
     blocks, whole = candidate_moments(Phi, [3, 5], phi), candidate_moments(Phi.double(), [3, 5], phi.double(), Phi.double().square().sum(dim=1).mean().item())
     for a, b in zip(blocks, whole):
         assert_close(a, b, rtol=1e-9, atol=1e-6)
+
+
+def test_bad_input():
+    Phi = torch.eye(3, dtype=torch.float64)
+    var, cov, candidate_var = candidate_moments(Phi, [0], torch.ones(2, 3), 1.0)
+    for call in (lambda s2: linear_response(var, cov, s2), lambda s2: exact_response(var, cov, candidate_var, s2), lambda s2: response_error(cov, candidate_var, s2), lambda s2: response_bound(cov, candidate_var, s2)):
+        for noise_var in (0.0, -1.0, float("nan"), None):
+            with pytest.raises(ValueError, match="noise_var"):
+                call(noise_var)
+    for call in (lambda: linear_response(candidate_var, cov, 1.0), lambda: exact_response(var, cov, var, 1.0), lambda: response_error(cov, var, 1.0), lambda: response_bound(cov[:, 0], candidate_var, 1.0)):
+        with pytest.raises(ValueError, match="shapes"):
+            call()
+    for call in (candidate_moments, residual_query):
+        with pytest.raises(TypeError, match="subset"):
+            call(Phi, None, torch.ones(3))

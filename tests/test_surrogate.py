@@ -314,6 +314,28 @@ def test_bad_input(function, arguments, error, words):
         function(*arguments)
 
 
+def test_noise_below_float64_is_refused():
+    "A long common direction: at 1e-6 kappa 50,000 rows still pass, and just below the limit the nats are right."
+    generator = torch.Generator().manual_seed(0)
+    Phi = torch.randn(50_000, 4, dtype=torch.float64, generator=generator)
+    kappa = Phi.square().sum(dim=1).mean().item()
+    posterior_variance(Phi, Phi[:1], 1e-6 * kappa)
+    for call in (lambda: posterior_variance(Phi, Phi[:1], 1e-7 * kappa), lambda: info_loss(Phi, [0], Phi[:1], 1e-8 * kappa)):
+        with pytest.raises(ValueError, match="loses the digits"):
+            call()
+    with pytest.raises(ValueError, match="form"):
+        Posterior(Phi[:5], 1.0, form="")
+
+
+def test_singleton_gain_of_nearly_parallel_rows():
+    generator = torch.Generator().manual_seed(0)
+    phi = torch.randn(2, 30, dtype=torch.float64, generator=generator)
+    Phi = torch.cat([phi * scale + tilt * torch.randn(2, 30, dtype=torch.float64, generator=generator) for scale in (1.0, 7.0) for tilt in (0.0, 1e-8, 1e-4, 0.05)])
+    for noise_var in (1e-12, 1e-6, 1.0):
+        true = torch.stack([info_gain(Phi, [j], phi, noise_var) for j in range(len(Phi))])
+        assert_close(singleton_gain(Phi, phi, noise_var), true, rtol=1e-7, atol=1e-14)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_same_numbers_on_the_gpu():
