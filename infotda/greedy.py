@@ -8,7 +8,7 @@ __all__ = ['LANE', 'onednn_works', 'fast_product', 'RowKernel', 'RowColumns', 'b
            'copies', 'choose', 'greedy', 'increments', 'Plan', 'plan', 'checked_rows', 'gain_kernel', 'loss_kernel',
            'dual_loss_kernel', 'checked_gram', 'gram_kernel', 'pools_of', 'InfoGain', 'ApproxInfoGain', 'InfoLoss']
 
-# %% ../nbs/22_greedy.ipynb #2d6c4c2f
+# %% ../nbs/22_greedy.ipynb #55b08e39
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Selection
-from .core import (as_candidates, as_features, as_queries, cholesky, first_max, problem,
+from .core import (as_candidates, as_features, as_queries, check_comparable_features, cholesky, first_max, problem,
                           resolve_noise_var)
 from .surrogate import function_space_chol, singleton_gain, singleton_loss, weight_space_chol
 
@@ -472,7 +472,7 @@ def plan(
     work = query_block * (each + itemsize * min(n, row_block)) + (square if route == "gram" else 0)
     return Plan(route, query_block, row_block, work, cost)
 
-# %% ../nbs/22_greedy.ipynb #02b38212
+# %% ../nbs/22_greedy.ipynb #cada16cf
 def checked_rows(
     Phi, # (n, m) float tensor, numpy array (memory-mapped or not), or an object with an attribute `Phi`
 ) -> tuple[Tensor, Tensor]: # Phi as a tensor, and |phi_i|^2 (n,) in float64
@@ -483,7 +483,9 @@ def checked_rows(
         Phi = torch.as_tensor(Phi)
     if Phi.ndim != 2 or 0 in Phi.shape or not Phi.is_floating_point():
         as_features(Phi)
-    k_ii = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64).square() for part in Phi.split(max(1, 2**18 // Phi.shape[1]))])
+    k_ii, size = torch.empty(len(Phi), dtype=torch.float64, device=Phi.device), max(1, 2**18 // Phi.shape[1])
+    for lo in range(0, len(Phi), size):                                 # into one tensor: no pieces left on the heap
+        k_ii[lo:lo + size] = torch.linalg.vector_norm(Phi[lo:lo + size], dim=1, dtype=torch.float64).square()
     bad = (~torch.isfinite(k_ii)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(problem("Phi", "finite features", f"NaN or Inf in {len(bad)} row(s), first {bad[:5]}", "look at the gradients of these examples; nothing is replaced here."))
@@ -603,7 +605,7 @@ def pools_of(
     runs = [(torch.tensor(group), mask[group[0]].nonzero().flatten(), None) for group in groups.values()]
     return runs + ([(everybody[wide], None, mask[wide])] if wide.any() else [])
 
-# %% ../nbs/22_greedy.ipynb #b277ee85
+# %% ../nbs/22_greedy.ipynb #17eb2f00
 class _Information:
     "What the greedy information rules share: checked inputs, a matrix to eliminate, a plan."
     _exact, _loss = True, False
@@ -623,6 +625,7 @@ class _Information:
     ): # self
         "Take the training features."
         self.Phi_, k_ii = checked_rows(Phi)
+        self.source_ = Phi
         self.noise_var_ = self._resolve(k_ii.mean().item())
         self.kernel_, self._prepare = (loss_kernel if self._loss else gain_kernel)(self.Phi_, k_ii, self.noise_var_)
         self.n_examples_, self.n_features_in_ = self.Phi_.shape
@@ -657,7 +660,7 @@ class InfoLoss(_Information):
     "Greedy InfoLoss (60)-(62): remove the example whose absence raises the query's posterior variance most."
     _loss = True
 
-# %% ../nbs/22_greedy.ipynb #6e3f9324
+# %% ../nbs/22_greedy.ipynb #d8c058db
 def _queries(
     self: _Information,
     phi, # (q, m) queries, or the cross-kernel (q, n) after fit_gram
@@ -667,6 +670,7 @@ def _queries(
     if not hasattr(self, "kernel_"):
         raise ValueError(problem(type(self).__name__, "a fitted rule", "one that has seen no training features", "call .fit(Phi) first."))
     device = self.kernel_.diag.device
+    check_comparable_features(getattr(self, "source_", None), phi)
     phi = as_queries(phi, self.n_features_in_).to(device, torch.float64)
     if self.Phi_ is not None:
         if query_var is not None:
