@@ -42,7 +42,7 @@ def expect_error(
         return str(e)
     raise AssertionError(f"expected {error.__name__}, but nothing was raised")
 
-# %% ../nbs/00_core.ipynb #44f5b00c
+# %% ../nbs/00_core.ipynb #2edf676e
 def as_features(
     Phi, # (n, m) float tensor, numpy array, or an object with an attribute `Phi`
     name: str = "Phi", # what to call it in messages
@@ -52,14 +52,15 @@ def as_features(
     Phi = getattr(Phi, "Phi", Phi)
     if not isinstance(Phi, (Tensor, np.ndarray)):
         raise TypeError(problem(name, "a tensor, a numpy array, or an object with such a Phi", type(Phi).__name__, "tangent_features turns a model and a data set into features."))
-    Phi = torch.as_tensor(Phi).detach()
+    Phi = torch.as_tensor(Phi)
+    Phi = Phi.detach() if Phi.requires_grad else Phi
     if not Phi.is_floating_point():
         raise TypeError(problem(name, "floating-point features", Phi.dtype, "convert with .float() if these really are features."))
     if Phi.ndim != 2 or 0 in Phi.shape:
         raise ValueError(problem(name, "a non-empty matrix (examples, features)", f"shape {tuple(Phi.shape)}", "give one row for each example."))
     if dim is not None and Phi.shape[1] != dim:
         raise ValueError(problem(name, f"{dim} columns", Phi.shape[1], "sketch training set and queries with the same projector (like=train)."))
-    bad = ~torch.isfinite(Phi).all(dim=1)
+    bad = torch.cat([~torch.isfinite(block).all(dim=1) for block in Phi.split(4096)]) # block by block: Phi may be large
     if bad.any():
         rows = bad.nonzero().flatten().tolist()
         raise ValueError(problem(name, "finite features", f"NaN or Inf in {len(rows)} row(s), first {rows[:5]}", "look at the gradients of these examples; nothing is replaced here."))

@@ -605,7 +605,7 @@ def pools_of(
     runs = [(torch.tensor(group), mask[group[0]].nonzero().flatten(), None) for group in groups.values()]
     return runs + ([(everybody[wide], None, mask[wide])] if wide.any() else [])
 
-# %% ../nbs/22_greedy.ipynb #17eb2f00
+# %% ../nbs/22_greedy.ipynb #49e76dae
 class _Information:
     "What the greedy information rules share: checked inputs, a matrix to eliminate, a plan."
     _exact, _loss = True, False
@@ -637,6 +637,7 @@ class _Information:
     ): # self
         "Take a precomputed Gram matrix instead of features; `select` then takes the cross-kernel (q, n) and query_var."
         K = checked_gram(K)
+        self.source_ = None
         self.Phi_, self.noise_var_ = None, self._resolve(K.diagonal().mean().item())
         self.kernel_, self._prepare = gram_kernel(K, self.noise_var_, self._loss)
         self.n_examples_ = self.n_features_in_ = len(K)

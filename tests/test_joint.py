@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from drawn import awkward_rows, condition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -27,18 +28,10 @@ def cases(draw, smallest=-6, largest=6):
     n, m = draw(st.integers(1, 8)), draw(st.integers(1, 8))
     M = draw(st.integers(1, min(m, 4)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rank = draw(st.integers(1, m))
-    Phi = rng.normal(size=(n, rank)) @ rng.normal(size=(rank, m)) * 10.0 ** draw(st.integers(-3, 3))
-    for kind in draw(st.lists(st.sampled_from(["copy", "zero", "long", "short"]), max_size=3)):
-        i, j = rng.integers(n, size=2)
-        Phi[i] = {"copy": Phi[j], "zero": 0 * Phi[j], "long": 30 * Phi[j], "short": Phi[j] / 30}[kind]
+    Phi = awkward_rows(draw, rng, n, m)
     phi = rng.normal(size=(M, m)) * 10.0 ** rng.integers(-2, 3, size=(M, 1))
     kappa = float((Phi**2).sum(axis=1).mean()) or 1.0
     return torch.from_numpy(Phi), torch.from_numpy(phi), kappa * 10.0 ** draw(st.floats(smallest, largest))
-
-
-def condition(Phi, noise_var):
-    return 1 + torch.linalg.matrix_norm(Phi, 2).item() ** 2 / noise_var
 
 
 @contextmanager

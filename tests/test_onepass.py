@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from drawn import awkward_rows, condition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -23,21 +24,13 @@ def cases(draw, smallest=-6, largest=6):
     "Features with copies, zero rows and low rank; three queries, the last possibly zero; a ranking; sigma^2."
     n, m = draw(st.integers(1, 9)), draw(st.integers(1, 8))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rank = draw(st.integers(1, m))
-    Phi = rng.normal(size=(n, rank)) @ rng.normal(size=(rank, m)) * 10.0 ** draw(st.integers(-3, 3))
-    for kind in draw(st.lists(st.sampled_from(["copy", "zero", "long", "short"]), max_size=3)):
-        i, j = rng.integers(n, size=2)
-        Phi[i] = {"copy": Phi[j], "zero": 0 * Phi[j], "long": 30 * Phi[j], "short": Phi[j] / 30}[kind]
+    Phi = awkward_rows(draw, rng, n, m)
     phi = rng.normal(size=(3, m))
     phi[1] = Phi[rng.integers(n)] * 10.0 ** draw(st.integers(-8, 8))
     phi[2] *= draw(st.sampled_from([0.0, 1.0]))
     kappa = float((Phi**2).sum(axis=1).mean()) or 1.0
     ranking = np.stack([rng.permutation(n)[: draw(st.integers(1, n))] if n == 1 else rng.permutation(n) for _ in range(3)])
     return torch.from_numpy(Phi), torch.from_numpy(phi), kappa * 10.0 ** draw(st.floats(smallest, largest)), torch.from_numpy(ranking)
-
-
-def condition(Phi, noise_var):
-    return 1 + torch.linalg.matrix_norm(Phi, 2).item() ** 2 / noise_var
 
 
 def prefixes(measure, Phi, ranking, phi, noise_var):

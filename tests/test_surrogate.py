@@ -3,6 +3,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from drawn import awkward_rows, condition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -20,11 +21,7 @@ def cases(draw, smallest=-6, largest=6):
     "Features with duplicates, zero rows and low rank; three queries of different kinds; a subset; sigma^2 relative to kappa."
     n, m = draw(st.integers(1, 9)), draw(st.integers(1, 8))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rank = draw(st.integers(1, m))
-    Phi = rng.normal(size=(n, rank)) @ rng.normal(size=(rank, m)) * 10.0 ** draw(st.integers(-3, 3))
-    for kind in draw(st.lists(st.sampled_from(["copy", "zero", "long", "short"]), max_size=3)):
-        i, j = rng.integers(n, size=2)
-        Phi[i] = {"copy": Phi[j], "zero": 0 * Phi[j], "long": 30 * Phi[j], "short": Phi[j] / 30}[kind]
+    Phi = awkward_rows(draw, rng, n, m)
     phi = rng.normal(size=(3, m))
     phi[1] = Phi[rng.integers(n)] + draw(st.sampled_from([0.0, 1e-3, 1.0])) * phi[1]        # may be a zero query
     phi[2] *= 10.0 ** draw(st.integers(-8, 8))
@@ -36,11 +33,6 @@ def cases(draw, smallest=-6, largest=6):
 
 def rest(Phi, subset):
     return [i for i in range(len(Phi)) if i not in subset]
-
-
-def condition(Phi, noise_var):
-    "1 + lambda_max / sigma^2, the condition number of P and of A."
-    return 1 + torch.linalg.matrix_norm(Phi, 2).item() ** 2 / noise_var
 
 
 def exact_var(Phi, rows, x, noise_var):
