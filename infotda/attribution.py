@@ -95,13 +95,14 @@ def _to_frame(
 
 Selection.to_frame = _to_frame
 
-# %% ../nbs/03_attribution.ipynb #b0d28ab3
+# %% ../nbs/03_attribution.ipynb #61872ddc
 def top_k(
     scores: Tensor, # (n, q) score matrix, no NaN
     k: int, # how many
     candidates: Tensor | None = None, # bool (q, n), rows that may be chosen
+    rtol: float = 1e-10, # scores this close, relatively, count as tied
 ) -> Tensor: # (q, k) int64, best first
-    "The k highest-scoring training rows of each query; equal scores go to the lowest row."
+    "The k highest-scoring training rows of each query; (nearly) tied rows in ascending order."
     if scores.isnan().any():
         raise ValueError(problem("scores", "numbers", f"{int(scores.isnan().sum())} NaN", "look at the features; a score is never replaced."))
     by_query = scores.T
@@ -110,7 +111,11 @@ def top_k(
     enough = (by_query > -torch.inf).sum(dim=1).min() if by_query.numel() else 0
     if not 1 <= k <= enough:
         raise ValueError(problem("k", f"from 1 to {int(enough)}, the rows that every query may choose", k, "lower k or widen the candidates."))
-    return by_query.sort(dim=1, descending=True, stable=True).indices[:, :k].cpu()
+    value, row = by_query.sort(dim=1, descending=True, stable=True)
+    falls = torch.zeros_like(row)
+    falls[:, 1:] = value[:, :-1] - value[:, 1:] > rtol * value[:, :-1].abs()
+    order = (falls.cumsum(dim=1) * len(scores) + row).argsort(dim=1)
+    return row.gather(1, order)[:, :k].cpu()
 
 # %% ../nbs/03_attribution.ipynb #551dc4e0
 def as_image(

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from infotda import onepass
+from infotda.attribution import top_k
 from infotda.core import mean_kernel_diag
 from infotda.greedy import ApproxInfoGain, InfoGain, InfoLoss
 from infotda.noise import NoiseTuning, tune_noise
-from infotda.onepass import SingletonInfoLoss, TopCovariance, first_top, information_steps, relative_information
+from infotda.onepass import SingletonInfoLoss, TopCovariance, information_steps, relative_information
 from infotda.surrogate import info_gain, info_loss, singleton_loss
 
 EPS = torch.finfo(torch.float64).eps
@@ -92,7 +93,7 @@ def test_one_pass_rules_take_the_largest_scores(case, k, mask):
 def test_ties_go_to_the_lowest_row(values, data):
     wobble = torch.tensor([data.draw(st.sampled_from([-1, 0, 1])) for _ in values]) * 1e-14
     scores = torch.tensor(values, dtype=torch.float64)
-    got = first_top((scores * (1 + wobble))[:, None], len(values), torch.ones(1, len(values), dtype=torch.bool))[0]
+    got = top_k((scores * (1 + wobble))[:, None], len(values), torch.ones(1, len(values), dtype=torch.bool))[0]
     assert got.tolist() == sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
