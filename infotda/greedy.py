@@ -8,7 +8,7 @@ __all__ = ['LANE', 'onednn_works', 'fast_product', 'RowKernel', 'RowColumns', 'b
            'copies', 'choose', 'greedy', 'increments', 'Plan', 'plan', 'checked_rows', 'gain_kernel', 'loss_kernel',
            'dual_loss_kernel', 'checked_gram', 'gram_kernel', 'pools_of', 'InfoGain', 'ApproxInfoGain', 'InfoLoss']
 
-# %% ../nbs/22_greedy.ipynb #55b08e39
+# %% ../nbs/22_greedy.ipynb #2d6c4c2f
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Selection
-from .core import (as_candidates, as_features, as_queries, check_comparable_features, cholesky, first_max, problem,
+from .core import (as_candidates, as_features, as_queries, cholesky, first_max, problem,
                           resolve_noise_var)
 from .surrogate import function_space_chol, singleton_gain, singleton_loss, weight_space_chol
 
@@ -661,7 +661,7 @@ class InfoLoss(_Information):
     "Greedy InfoLoss (60)-(62): remove the example whose absence raises the query's posterior variance most."
     _loss = True
 
-# %% ../nbs/22_greedy.ipynb #d8c058db
+# %% ../nbs/22_greedy.ipynb #9fb75bf2
 def _queries(
     self: _Information,
     phi, # (q, m) queries, or the cross-kernel (q, n) after fit_gram
@@ -671,8 +671,7 @@ def _queries(
     if not hasattr(self, "kernel_"):
         raise ValueError(problem(type(self).__name__, "a fitted rule", "one that has seen no training features", "call .fit(Phi) first."))
     device = self.kernel_.diag.device
-    check_comparable_features(getattr(self, "source_", None), phi)
-    phi = as_queries(phi, self.n_features_in_).to(device, torch.float64)
+    phi = as_queries(phi, self.n_features_in_, self.source_).to(device, torch.float64)
     if self.Phi_ is not None:
         if query_var is not None:
             raise ValueError(problem("query_var", "None after .fit(Phi)", "a value", "features carry their own variance; query_var belongs to .fit_gram(K)."))

@@ -288,7 +288,7 @@ def _joint_state(columns: _Columns, phi: Tensor, rule: str):
     weights = (largest / largest.max().where(largest.max() > 0, 1.0)).square()
     return (_Norms if columns.C0 is None and 3 * M > m else _Separate)(columns, scaled, weights)
 
-# %% ../nbs/25_joint.ipynb #99325dd9
+# %% ../nbs/25_joint.ipynb #a71592a0
 def _select_joint(
     self, # InfoLoss, InfoGain or ApproxInfoGain, fitted on features
     phi, # (M, m) queries, all served by one set
@@ -304,7 +304,7 @@ def _select_joint(
     if rule not in ("trace", "diag", "exact"):
         raise ValueError(problem("rule", "'trace', 'diag' or 'exact'", repr(rule), "'trace' suits coresets and any number of queries."))
     Phi = self.Phi_
-    phi = as_queries(phi, Phi.shape[1]).to(Phi.device)
+    phi = as_queries(phi, Phi.shape[1], self.source_).to(Phi.device)
     mask = as_candidates(candidates, 1, len(Phi), k)[0].to(Phi.device)
     quotas = _quotas(labels, per_class, mask, k)
     pool = mask.nonzero()[:, 0]

@@ -85,7 +85,7 @@ def information_steps(
         raise ValueError(problem("variance after a step", "positive numbers", f"{smaller.min().item():.3g}", "noise_var is too small for float64 beside these features: raise it."))
     return 0.5 * torch.log1p(y2 / smaller.where(var[:, None] > 0, 1.0)).cpu()
 
-# %% ../nbs/28_onepass.ipynb #200742ed
+# %% ../nbs/28_onepass.ipynb #74be418d
 class _OnePass:
     "A rule that scores every training row once and takes the highest."
 
@@ -97,7 +97,7 @@ class _OnePass:
 
     def fit(self, Phi):
         "Take the training features (n, m)."
-        self.Phi_ = as_features(Phi)
+        self.Phi_, self.source_ = as_features(Phi), Phi
         self.noise_var_ = resolve_noise_var(self.noise_var, self.Phi_)
         self.n_examples_, self.n_features_in_ = self.Phi_.shape
         return self
@@ -105,7 +105,7 @@ class _OnePass:
     def _queries(self, phi) -> Tensor:
         if not hasattr(self, "Phi_"):
             raise ValueError(problem(type(self).__name__, "a fitted object", "one without training features", "call .fit(Phi) first."))
-        return as_queries(phi, self.n_features_in_).to(self.Phi_.device)
+        return as_queries(phi, self.n_features_in_, self.source_).to(self.Phi_.device)
 
     def select(self, phi, k: int, candidates=None) -> Selection:
         "For each query the k rows with the highest score; gains are exact nats of the criterion, in that order."

@@ -140,3 +140,22 @@ def test_tuning_looks_every_selection_up_once():
     assert_close(tuned.noise_var, tuned.ratio * mean_kernel_diag(Phi))
     frame = tuned.to_frame()
     assert frame.behind.min() == 0 and (frame.behind >= 0).all()
+
+
+class FromPass:
+    "Stands for the result of a feature pass that measured some output."
+
+    def __init__(self, Phi, output):
+        self.Phi, self.output = Phi, output
+
+
+@pytest.mark.parametrize("verb", ["select", "attribute", "select_joint"])
+@pytest.mark.parametrize("method", [InfoGain, ApproxInfoGain, InfoLoss, SingletonInfoLoss, TopCovariance])
+def test_queries_of_another_output_are_refused(method, verb):
+    if not hasattr(method, verb):
+        pytest.skip(f"{method.__name__} has no {verb}")
+    rows = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fitted, k = method().fit(FromPass(rows, "logit(3)")), () if verb == "attribute" else (2,)
+    getattr(fitted, verb)(FromPass(rows[:3], "logit(3)"), *k)
+    with pytest.raises(ValueError, match="logit"):
+        getattr(fitted, verb)(FromPass(rows[:3], "logit(4)"), *k)
