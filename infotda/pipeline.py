@@ -45,7 +45,7 @@ def label_of(
         return item.get("labels", item.get("label"))
     return item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
 
-# %% ../nbs/26_pipeline.ipynb #39f239f2
+# %% ../nbs/26_pipeline.ipynb #8363715d
 def stored_labels(
     data, # a data set
 ): # its labels as a sequence, or None if they have to be read pair by pair
@@ -54,8 +54,7 @@ def stored_labels(
         return data.y
     if isinstance(data, TensorDataset):
         return data.tensors[1] if len(data.tensors) > 1 else None
-    transformed = any(getattr(data, name, None) is not None for name in ("target_transform", "transforms"))
-    return None if transformed and getattr(data, "target_transform", None) is not None else getattr(data, "targets", None)
+    return getattr(data, "targets", None) if getattr(data, "target_transform", None) is None else None
 
 
 def class_labels(
