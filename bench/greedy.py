@@ -4,7 +4,9 @@
     python bench/greedy.py --quick    small cases, seconds, writes nothing
 
 Each case runs in a process of its own, on one thread. The floor of a case is the product Phi (n x m) . (m x queries), once
-for each step, by the fastest routine at hand. `naive` keeps one m x m inverse per query and reads all features twice a step.
+for each step, by the fastest routine at hand. `naive` keeps one m x m inverse per query and reads all features twice a step, once in float32 and once in float64 (the rankings
+and nats of infotda are exact in float64). A "tight" case may use an eighth of the features' bytes for its work; its queries then go
+in smaller groups.
 Peak memory counts from just before the features are made.
 """
 import os
@@ -24,12 +26,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infotda.core import environment
-from infotda.greedy import InfoGain, InfoLoss, ApproxInfoGain, fast_product, onednn_works, plan
+from infotda.core import environment, fast_product, onednn_works
+from infotda.elimination import plan
+from infotda.greedy import InfoGain, InfoLoss, ApproxInfoGain
 
+TIGHT = 8  # the work of a "tight" case may take an eighth of the features
 CASES = {  # name: rule, n, m, queries, k, pool (None: all rows), memory-mapped, repetitions, queries of the naive method
     "n50k-m512": (InfoGain, 50_000, 512, 100, 100, None, False, 3, 2),
     "n10k-m4096": (InfoGain, 10_000, 4096, 100, 100, None, False, 3, 2),
+    "n50k-m512-tight": (InfoGain, 50_000, 512, 100, 100, None, False, 3, 0),
+    "n10k-m4096-tight": (InfoGain, 10_000, 4096, 100, 100, None, False, 3, 0),
     "pool5k-m512": (InfoGain, 50_000, 512, 100, 100, 5_000, False, 3, 0),
     "pool5k-m4096": (InfoGain, 10_000, 4096, 100, 100, 5_000, False, 3, 0),
     "approx-n50k-m512": (ApproxInfoGain, 50_000, 512, 100, 100, None, False, 2, 0),
@@ -40,6 +46,7 @@ QUICK = {
     "n4k-m128": (InfoGain, 4_000, 128, 30, 20, None, False, 2, 2),
     "pool400-m1024": (InfoGain, 4_000, 1024, 60, 20, 400, False, 2, 0),
     "loss-n4k-m128": (InfoLoss, 4_000, 128, 30, 20, None, False, 1, 0),
+    "n4k-m128-tight": (InfoGain, 4_000, 128, 30, 20, None, False, 1, 0),
     "n20k-m64-file": (InfoGain, 20_000, 64, 20, 10, None, True, 1, 0),
 }
 
@@ -56,10 +63,10 @@ def cpu(call, *args):
     return time.process_time() - start, result
 
 
-def naive(Phi, phi, noise_var, k):
+def naive(Phi, phi, noise_var, k, dtype):
     "One query by Sherman-Morrison on an m x m inverse."
-    Phi, P_inv = Phi.numpy(), np.eye(len(phi), dtype=np.float32)
-    phi, v, free, S = phi.numpy(), np.einsum("ij,ij->i", Phi, Phi), np.ones(len(Phi), dtype=bool), []
+    Phi, P_inv = Phi.numpy().astype(dtype, copy=False), np.eye(len(phi), dtype=dtype)
+    phi, v, free, S = phi.numpy().astype(dtype), np.einsum("ij,ij->i", Phi, Phi), np.ones(len(Phi), dtype=bool), []
     for _ in range(k):
         c = Phi @ (P_inv @ phi)
         j = int(np.where(free, c * c / (v + noise_var), -1.0).argmax())
@@ -93,17 +100,18 @@ def measure(name, case, path=None):
     if pool is not None:
         candidates = torch.zeros(n, dtype=torch.bool)
         candidates[torch.randperm(n, generator=gen)[:pool]] = True
+    memory = 4 * n * m // TIGHT if name.endswith("tight") else None
     fit_seconds, fitted = cpu(rule().fit, Phi)
-    seconds, products, picked = [], [], fitted.select(phi, k, candidates)
+    seconds, products, picked = [], [], fitted.select(phi, k, candidates, memory=memory)
     peak = peak_bytes() - base                                           # before any product of the floor
     for _ in range(repetitions):
         products += [cpu(fast_product, phi, rows)[0] for _ in range(5 if n <= 100_000 else 2)]
-        spent, picked = cpu(fitted.select, phi, k, candidates)
+        spent, picked = cpu(lambda: fitted.select(phi, k, candidates, memory=memory))
         seconds.append(spent)
         products += [cpu(fast_product, phi, rows)[0] for _ in range(5 if n <= 100_000 else 2)]
     floor = k * statistics.median(products)
     result = {
-        "case": name, "rule": rule.__name__, "n": n, "m": m, "queries": q, "k": k, "pool": pool,
+        "case": name, "rule": rule.__name__, "n": n, "m": m, "queries": q, "k": k, "pool": pool, "memory": memory,
         "route": plan(pool or n, fitted.kernel_.rows.shape[1], q, k).route,
         "fit_cpu_s": fit_seconds, "select_cpu_s": statistics.median(seconds), "select_cpu_s_all": seconds,
         "floor_cpu_s": floor, "over_floor": statistics.median(seconds) / floor,
@@ -114,20 +122,20 @@ def measure(name, case, path=None):
         own = Phi[candidates]
         result["pool_floor_cpu_s"] = k * statistics.median(cpu(fast_product, phi, own)[0] for _ in range(10))
         result["over_pool_floor"] = result["select_cpu_s"] / result["pool_floor_cpu_s"]
-    if naive_queries:
-        spent, rankings = cpu(lambda: [naive(Phi, query, fitted.noise_var_, k) for query in phi[:naive_queries]])
+    for dtype in (np.float32, np.float64) if naive_queries else ():
+        spent, rankings = cpu(lambda: [naive(Phi, query, fitted.noise_var_, k, dtype) for query in phi[:naive_queries]])
         assert rankings == picked.ranking[:naive_queries].tolist(), "the naive method chose other rows"
-        result["naive_cpu_s"] = spent / naive_queries * q
-        result["speedup"] = result["naive_cpu_s"] / result["select_cpu_s"]
+        result[f"naive_{dtype.__name__}_cpu_s"] = spent / naive_queries * q
+        result[f"speedup_{dtype.__name__}"] = result[f"naive_{dtype.__name__}_cpu_s"] / result["select_cpu_s"]
     return result
 
 
 def table(results):
     "The figures as a plain table."
-    head = ["case", "route", "select s", "floor s", "ratio", "pool floor", "naive s", "speed-up", "peak/features", "peak MiB"]
-    lines = [[r["case"], r["route"], f"{r['select_cpu_s']:.2f}", f"{r['floor_cpu_s']:.2f}", f"{r['over_floor']:.2f}",
-              f"{r['over_pool_floor']:.2f}" if "over_pool_floor" in r else "", f"{r['naive_cpu_s']:.0f}" if "naive_cpu_s" in r else "",
-              f"{r['speedup']:.0f}x" if "speedup" in r else "", f"{r['peak_over_features']:.2f}", f"{r['peak_bytes'] / 2**20:.0f}"] for r in results]
+    shown = {"select s": "select_cpu_s", "floor s": "floor_cpu_s", "ratio": "over_floor", "pool floor": "over_pool_floor",
+             "x naive f32": "speedup_float32", "x naive f64": "speedup_float64", "peak/features": "peak_over_features"}
+    head = ["case", "route", *shown, "peak MiB"]
+    lines = [[r["case"], r["route"], *(f"{r[key]:.2f}" if key in r else "" for key in shown.values()), f"{r['peak_bytes'] / 2**20:.0f}"] for r in results]
     widths = [max(len(line[i]) for line in [head] + lines) for i in range(len(head))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in [head] + lines)
 

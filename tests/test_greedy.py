@@ -5,7 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infotda.greedy import ApproxInfoGain, GramKernel, InfoGain, InfoLoss, greedy, plan
+from infotda.elimination import GramKernel, greedy, plan
+from infotda.greedy import ApproxInfoGain, InfoGain, InfoLoss
 from infotda.surrogate import info_gain, info_loss
 
 RULES = {"gain": InfoGain, "approx": ApproxInfoGain, "loss": InfoLoss}
