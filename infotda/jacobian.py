@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'VMAP_NOTE', 'canonical_names', 'select_params', 'param_shapes', 'trouble', 'check_ready', 'plain_attention',
-           'vmap_jacobian', 'jacobian_bytes', 'check_finite', 'check_measurable', 'refuse_precision',
-           'per_example_jacobian', 'flatten_jacobian']
+           'vmap_jacobian', 'run_with_leaves', 'alone', 'coverage', 'stream_jacobian', 'jacobian_bytes', 'check_finite',
+           'check_measurable', 'refuse_precision', 'covered_by', 'jacobian_block', 'per_example_jacobian',
+           'flatten_jacobian']
 
-# %% ../nbs/11_jacobian.ipynb #04931a51
+# %% ../nbs/11_jacobian.ipynb #9dd5c2b7
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -20,6 +21,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .core import problem
+from .layers import DenseShare, Scratch, Share, layer_shares, shares_of, slow_encoder, watched_pass
 from .outputs import Output, as_output, batch_size, map_batch, model_inputs, one_each
 
 # %% ../nbs/11_jacobian.ipynb #3d88afe4
@@ -119,21 +121,16 @@ def check_ready(
         listed = ", ".join(f"{name} ({why})" for name, why in found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         raise ValueError(problem("model", "each example's output to depend on that example alone", listed, remedy))
 
-# %% ../nbs/11_jacobian.ipynb #09788c72
+# %% ../nbs/11_jacobian.ipynb #f8fe00c3
 @contextmanager
 def plain_attention():
     "Attention by plain matrix products for a while: no fused kernels, no fast path of nn.TransformerEncoder."
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with slow_encoder(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
-# %% ../nbs/11_jacobian.ipynb #247f1b2e
+# %% ../nbs/11_jacobian.ipynb #630a2051
 VMAP_NOTE = ("This happened while torch.func ran the model on all examples at once. Common causes: a forward that branches on values or calls .item(), "
-    "writes something that depends on the example into a buffer, draws random numbers, or uses what torch.func cannot batch (nn.RNN, nn.GRU, some custom autograd.Functions).")
+    "writes something that depends on the example into a buffer, draws random numbers, or uses what torch.func cannot batch (nn.RNN, nn.GRU, some custom autograd.Functions). engine='loop' differentiates such parameters one example at a time.")
 
 
 def vmap_jacobian(
@@ -162,6 +159,94 @@ def vmap_jacobian(
     except RuntimeError as error:
         error.add_note(VMAP_NOTE)
         raise
+
+# %% ../nbs/11_jacobian.ipynb #5df67d2b
+def run_with_leaves(
+    model: nn.Module, # any module
+    one, # a batch of one example
+    names: list[str], # parameters to differentiate with respect to
+) -> tuple[object, dict[str, Tensor]]: # whatever the model returned, and the leaves of its graph by name
+    "Run a model with its own weights as fresh leaves; its flags, buffers and gradients stay as they are."
+    weights = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in model.named_parameters()}
+    leaves = {name: weights[name].requires_grad_() for name in names}
+    buffers = {name: t.clone() for name, t in model.named_buffers()}
+    args, kwargs = model_inputs(model, one)
+    try:
+        return functional_call(model, {**buffers, **weights}, args, kwargs), leaves
+    except RuntimeError as error:
+        refuse_precision(error, leaves, [*args, *kwargs.values()])
+        raise
+
+
+def alone(
+    model: nn.Module, # any module
+    batch, # tensor, tuple or dictionary
+    output: Output, # what to differentiate
+    names: list[str], # from `select_params`
+) -> dict[str, Tensor]: # (b, *shape) for each name
+    "Per-example Jacobians by the definition: an ordinary backward pass for each example by itself."
+    rows: dict[str, list] = {name: [] for name in names}
+    with torch.inference_mode(False), torch.enable_grad(), plain_attention():
+        for i in range(batch_size(batch)):
+            one = map_batch(lambda t: t[i : i + 1].detach().clone(), batch)
+            model_output, leaves = run_with_leaves(model, one, names)
+            value = one_each(output.fn(model_output, one), 1, output.name)
+            grads = torch.autograd.grad(value.squeeze(0), list(leaves.values()), materialize_grads=True, allow_unused=True)
+            for name, g in zip(names, grads):
+                rows[name].append(g)
+    return {name: torch.stack(g) for name, g in rows.items()}
+
+# %% ../nbs/11_jacobian.ipynb #5cb43bbb
+def coverage(
+    model: nn.Module, # in evaluation mode
+    batch, # tensor, tuple or dictionary; its first two examples are used
+    output, # an Output, or a function (model_output, batch) -> (b,)
+    names: list[str], # from `select_params`
+) -> dict[str, str | None]: # name -> None if the layer pieces give its Jacobian, else the reason why not
+    "Try out, on two examples, which parameters' per-example Jacobians are the sums of their layer pieces."
+    output, b = as_output(output), batch_size(batch)
+    pair = map_batch(lambda t: t[[0, min(1, b - 1)]], batch)
+    rest = alone(model, pair, output, names)
+    norms = lambda g: g.reshape(len(g), g[0].numel()).norm(dim=1)
+    length = {name: norms(g) for name, g in rest.items()}
+    try:
+        watch = watched_pass(model, pair, output, names)[1]
+    except Exception as error:
+        return dict.fromkeys(names, f"the watched pass failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    for share in shares_of(watch):
+        rest[share.name] -= share.gradient()
+    largest = torch.stack([n.double() for n in length.values()]).amax(dim=0)
+    reasons: dict[str, str | None] = {}
+    for name, g in rest.items():
+        slack = torch.finfo(g.dtype).eps ** 0.5 * (length[name] + 0.01 * largest)
+        if name in watch.unknown:
+            reasons[name] = watch.unknown[name]
+        elif (norms(g) > slack).any():
+            reasons[name] = "its pieces do not add up: it is used out of sight, or examples are mixed"
+        elif name in watch.folded and not length[name].all():
+            reasons[name] = "its gradient is zero, so that its layout cannot be verified"
+        else:
+            reasons[name] = None
+    return reasons
+
+# %% ../nbs/11_jacobian.ipynb #fbeb8f03
+def stream_jacobian(
+    model: nn.Module, # in evaluation mode
+    batch, # tensor, tuple or dictionary
+    output, # an Output, or a function (model_output, batch) -> (b,)
+    names: list[str], # all parameters wanted
+    covered: Iterable[str], # those that `coverage` maps to None
+    scratch: Scratch | None = None, # memory to use again in the next batch
+    rest: str = "func", # the others by "func" (torch.func), or by "loop" (a backward pass for each example)
+) -> Iterator[Share]: # a parameter may have several shares, which add up, or none, which is zero
+    "The per-example Jacobians of a batch as a stream of shares: layer pieces where covered, another engine for the rest."
+    output, covered = as_output(output), set(covered)
+    if pieces := [name for name in names if name in covered]:
+        yield from layer_shares(model, batch, output, pieces, scratch)[1]
+    if left := [name for name in names if name not in covered]:
+        rows = (alone if rest == "loop" else vmap_jacobian)(model, batch, output, left)
+        while rows:
+            yield DenseShare(*rows.popitem())
 
 # %% ../nbs/11_jacobian.ipynb #aba2aaf2
 def jacobian_bytes(
@@ -196,7 +281,7 @@ def _finite_rows(g):
     low, high = g.reshape(len(g), -1).aminmax(dim=1)
     return torch.isfinite(low) & torch.isfinite(high)
 
-# %% ../nbs/11_jacobian.ipynb #b6dd0e11
+# %% ../nbs/11_jacobian.ipynb #ee7a35c8
 def check_measurable(
     model: nn.Module, # checked with `check_ready`
     batch, # tensor, tuple or dictionary
@@ -204,18 +289,9 @@ def check_measurable(
     names: list[str] | None = None, # from `select_params`; None: all that require grad
 ) -> None:
     "Try the output on the first example, and check the labels of all of them."
-    known = dict(model.named_parameters())
     with torch.inference_mode(False), torch.enable_grad(), plain_attention():
         first = map_batch(lambda t: t[:1].detach().clone(), batch)
-        weights = {name: p.detach().clone() if p.is_inference() else p.detach() for name, p in known.items()}
-        leaves = {name: weights[name].requires_grad_() for name in (select_params(model) if names is None else names)}
-        buffers = {name: t.clone() for name, t in model.named_buffers()}
-        args, kwargs = model_inputs(model, first)
-        try:
-            model_output = functional_call(model, {**buffers, **weights}, args, kwargs)
-        except RuntimeError as error:
-            refuse_precision(error, leaves, [*args, *kwargs.values()])
-            raise
+        model_output, _ = run_with_leaves(model, first, select_params(model) if names is None else names)
         output.check(model_output, batch)
         value = one_each(output.fn(model_output, first), 1, output.name)
     if not value.requires_grad:
@@ -234,13 +310,49 @@ def refuse_precision(
         wanted = ", ".join(sorted(str(dtype) for dtype in have))
         raise TypeError(problem("inputs", f"the parameters' type, {wanted}", other[0], "convert one of them: model.float(), or x.double().")) from error
 
-# %% ../nbs/11_jacobian.ipynb #19acb3eb
+# %% ../nbs/11_jacobian.ipynb #c5869bfb
+def covered_by(
+    engine: str, # "auto", "loop", "hooks" or "func"
+    model: nn.Module, # in evaluation mode
+    batch, # tensor, tuple or dictionary
+    output, # an Output, or a function (model_output, batch) -> (b,)
+    names: list[str], # from `select_params`
+) -> list[str]: # the names that go through the layer pieces
+    "Which parameters an engine takes in pieces; 'hooks' insists on all of them."
+    if engine not in ("auto", "loop", "hooks", "func"):
+        raise ValueError(problem("engine", "'auto', 'loop', 'hooks' or 'func'", repr(engine), "auto is right for nearly everybody."))
+    reasons = dict.fromkeys(names, "") if engine == "func" else coverage(model, batch, output, names)
+    left = [name for name in names if reasons[name] is not None]
+    if engine == "hooks" and left:
+        listed = "; ".join(f"{name} ({reasons[name]})" for name in left[:3]) + (f"; and {len(left) - 3} more" if len(left) > 3 else "")
+        raise ValueError(problem("engine='hooks'", "parameters that the hooks cover", listed, "use engine='auto', which leaves these to torch.func, or leave them out with params."))
+    return [name for name in names if reasons[name] is None]
+
+
+def jacobian_block(
+    model: nn.Module, # in evaluation mode
+    batch, # tensor, tuple or dictionary
+    output: Output, # what to differentiate
+    names: list[str], # from `select_params`
+    covered: list[str], # from `covered_by`
+    rest: str = "func", # how to compute the others, see `stream_jacobian`
+) -> dict[str, Tensor]: # (b, *shape) for each name
+    "Per-example Jacobians of one chunk, all shares of a parameter added up."
+    known, rows = dict(model.named_parameters()), {}
+    for share in stream_jacobian(model, batch, output, names, covered, rest=rest):
+        g = share.gradient()
+        rows[share.name] = rows[share.name].add_(g) if share.name in rows else g
+    missing = {name: known[name].detach().new_zeros(batch_size(batch), *known[name].shape) for name in names if name not in rows}
+    return {name: missing.get(name, rows.get(name)) for name in names}
+
+# %% ../nbs/11_jacobian.ipynb #93322cb6
 def per_example_jacobian(
     model: nn.Module, # any module, in evaluation mode
     batch, # tensor, tuple (x, y, ...) or dictionary, on the model's device
     output, # an Output such as logit(3), or a function (model_output, batch) -> (b,)
     params=None, # see `select_params`; None: all that require grad
     chunk_size: int | None = None, # examples differentiated at the same time; None: all
+    engine: str = "auto", # "auto": layer pieces where they cover, torch.func for the rest; "loop": likewise, the rest one example at a time; "hooks": pieces only; "func": torch.func only
 ) -> dict[str, Tensor]: # name -> (b, *shape), d f(x_i) / d parameter
     "The Jacobian of an output with respect to the parameters, for each example by itself."
     output, names, b = as_output(output), select_params(model, params), batch_size(batch)
@@ -248,10 +360,11 @@ def per_example_jacobian(
         raise ValueError(problem("chunk_size", "a positive integer, or None", repr(chunk_size), "lower it to save memory, None for the whole batch."))
     check_ready(model)
     check_measurable(model, batch, output, names)
+    covered = covered_by(engine, model, batch, output, names)
     step = min(int(chunk_size or b), b)
     rows: dict[str, Tensor] = {}
     for start in range(0, b, step):
-        block = vmap_jacobian(model, map_batch(lambda t: t[start : start + step], batch), output, names)
+        block = jacobian_block(model, map_batch(lambda t: t[start : start + step], batch), output, names, covered, "loop" if engine == "loop" else "func")
         check_finite(block, output.name, start)
         if step == b:
             return block
