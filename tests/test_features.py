@@ -12,9 +12,11 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from infotda.features import check_same_features, tangent_features
+from infotda.core import check_comparable_features
+from infotda.features import tangent_features
 from infotda.outputs import Output, logit, true_logit
-from infotda.sketch import Projector, add_normal, add_rademacher, normal_entry, philox4x32, rademacher_entry
+from infotda.philox import normal_entry, philox4x32, rademacher_entry
+from infotda.sketch import Projector, add_normal, add_rademacher
 
 TYPES = ["fold", "rademacher", "normal"]
 SHAPES = {"conv.weight": (6, 3, 3, 3), "conv.bias": (6,), "head.weight": (40, 50), "scale": ()}
@@ -252,28 +254,28 @@ def test_unnamed_functions_are_told_apart(make):
     here, there = make(1), make(2)
     train = tangent_features(model, (x, y), here, proj_dim=32, progress=False)
     query = tangent_features(model, x[:2], here, like=train, progress=False)
-    check_same_features(train, query)
+    check_comparable_features(train, query)
     with pytest.raises(ValueError, match=r'Output\("name", fn\)'):
         tangent_features(model, x[:2], there, like=train, progress=False)
     other = tangent_features(model, x[:2], there, proj_dim=32, progress=False)
     with pytest.raises(ValueError, match=r'Output\("name", fn\)'):
-        check_same_features(train, other)
+        check_comparable_features(train, other)
     stored = pickle.loads(pickle.dumps(train))  # a lambda does not stand in the way, but is forgotten
     assert_close(stored.Phi, train.Phi)
     with pytest.raises(ValueError, match=r'Output\("name", fn\)'):
         tangent_features(model, x[:2], here, like=stored, progress=False)
     named = tangent_features(model, (x, y), Output("class 1", here), proj_dim=32, progress=False)
-    check_same_features(pickle.loads(pickle.dumps(named)), tangent_features(model, x[:2], Output("class 1", make(1)), like=named, progress=False))
+    check_comparable_features(pickle.loads(pickle.dumps(named)), tangent_features(model, x[:2], Output("class 1", make(1)), like=named, progress=False))
 
 
 def test_features_of_different_settings_are_told_apart():
     model, (x, y) = net(), examples()
     options = dict(output=logit(1), proj_dim=32, progress=False)
     train = tangent_features(model, (x, y), **options)
-    check_same_features(train, tangent_features(model, x[:2], **options))
+    check_comparable_features(train, tangent_features(model, x[:2], **options))
     for change, word in [({"output": logit(2)}, "output"), ({"proj_dim": 33}, "proj_dim"), ({"proj_seed": 1}, "proj_seed"), ({"proj_type": "normal"}, "proj_type"), ({"params": "7.*"}, "shapes"), ({"ntk": {"7.weight": 0.5}}, "ntk")]:
         with pytest.raises(ValueError, match=word):
-            check_same_features(train, tangent_features(model, x[:2], **{**options, **change}))
+            check_comparable_features(train, tangent_features(model, x[:2], **{**options, **change}))
 
 
 class Numbered(TensorDataset):
