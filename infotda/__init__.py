@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 from infotda.attribution import Selection
 from infotda.data import Data, TextPairs, has_data, load_data
-from infotda.features import Features, tangent_features
+from infotda.features import Features, PassPlan, tangent_features
 from infotda.greedy import ApproxInfoGain, InfoGain, InfoLoss
 from infotda.guarantees import certified, greedy_certificate, weak_submodularity_bound
 from infotda.jacobian import per_example_jacobian
@@ -16,15 +16,15 @@ from infotda.onepass import SingletonInfoLoss, TopCovariance, relative_informati
 from infotda.outputs import Output, log_prob, logit, margin, token_log_prob, true_logit
 from infotda.pipeline import attribute
 from infotda.plot import plot_gains, plot_methods, selection_page
-from infotda.sketch import Projector
+from infotda.sketch import Projector, split_half_reliability
 from infotda.store import FeatureStore, FeatureStoreMismatch
 from infotda.surrogate import info_gain, info_loss, posterior_variance
 
 __all__ = [
     "ApproxInfoGain", "CIFAR10_RECIPE", "DIGITS_RECIPE", "Data", "FASHION_MNIST_RECIPE", "FeatureStore", "FeatureStoreMismatch",
-    "Features", "InfoGain", "InfoLoss", "MLP", "Output", "Projector", "Recipe", "ResNet9", "Selection", "SingletonInfoLoss",
+    "Features", "InfoGain", "InfoLoss", "MLP", "Output", "PassPlan", "Projector", "Recipe", "ResNet9", "Selection", "SingletonInfoLoss",
     "TextPairs", "TopCovariance", "accuracy", "attribute", "certified", "digits_mlp", "greedy_certificate", "has_data", "info_gain", "info_loss",
     "joint_information", "load_data", "log_prob", "logit", "margin", "ntk_factors", "paper_mlp", "per_example_jacobian", "plot_gains",
-    "plot_methods", "posterior_variance", "predict", "relative_information", "selection_page", "tangent_features", "token_log_prob",
+    "plot_methods", "posterior_variance", "predict", "relative_information", "selection_page", "split_half_reliability", "tangent_features", "token_log_prob",
     "train", "true_logit", "tune_noise", "weak_submodularity_bound",
 ]

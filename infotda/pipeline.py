@@ -6,9 +6,10 @@
 __all__ = ['as_dataset', 'label_of', 'stored_labels', 'class_labels', 'predicted_classes', 'ClassPass', 'class_passes', 'gather',
            'attribute']
 
-# %% ../nbs/26_pipeline.ipynb #ffda2bde
+# %% ../nbs/26_pipeline.ipynb #cc139f23
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from .attribution import Selection
 from .core import pick_device, problem
 from .data import Data
-from .features import Features, as_source, tangent_features
+from .features import Features, tangent_features
 from .greedy import ApproxInfoGain, InfoGain
 from .jacobian import check_ready
 from .outputs import call_model, logit, logits_of, map_batch
+from .sources import as_source
 
 # %% ../nbs/26_pipeline.ipynb #367c3c23
 def as_dataset(
@@ -103,7 +105,7 @@ class ClassPass:
     train: Features # features of the visited rows
     queries: Features # features of the queries
 
-# %% ../nbs/26_pipeline.ipynb #c4f1e087
+# %% ../nbs/26_pipeline.ipynb #51767982
 def class_passes(
     model: nn.Module, # a trained classifier, in eval mode
     train_set, # data set of (input, label) pairs
@@ -111,12 +113,15 @@ def class_passes(
     pool: str = "same_class", # or "all": which training rows may be chosen
     visit: str = "all", # or "pool": which training rows get features
     k: int = 1, # how many rows every query will have to choose
-    **options, # for tangent_features: proj_dim, proj_type, proj_seed, params, ntk, batch_size, device, progress
+    save_dir: str | Path | None = None, # keep the training features here, a folder for each class; None: in memory
+    **options, # for tangent_features: proj_dim, proj_type, proj_seed, params, ntk, batch_size, memory, engine, device, progress
 ) -> Iterator[ClassPass]:
     "For each class predicted among the queries: one feature pass over training rows and queries, for that class's logit."
     for name, value, known in [("pool", pool, ("same_class", "all")), ("visit", visit, ("all", "pool"))]:
         if value not in known:
             raise ValueError(problem(name, f"one of {known}", repr(value), "for any other pool, use tangent_features and .select(candidates=...)."))
+    if "dry_run" in options:
+        raise TypeError(problem("dry_run", "a feature pass of its own", "attribute, which makes several", "call tangent_features(model, train_set, logit(c), dry_run=True) for one class."))
     train_set, queries = as_dataset(train_set), as_dataset(queries)
     labels, predicted = class_labels(train_set), predicted_classes(model, queries)
     for c in predicted.unique().tolist():
@@ -128,7 +133,8 @@ def class_passes(
         allowed = labels == c if pool == "same_class" else torch.ones_like(labels, dtype=torch.bool)
         rows = allowed.nonzero().flatten() if visit == "pool" else torch.arange(len(labels))
         mine = (predicted == c).nonzero().flatten()
-        train = tangent_features(model, Subset(train_set, rows.tolist()), logit(c), **options)
+        kept = None if save_dir is None else Path(save_dir) / f"{visit}-{pool}-{c}"
+        train = tangent_features(model, Subset(train_set, rows.tolist()), logit(c), save_dir=kept, **options)
         query = tangent_features(model, Subset(queries, mine.tolist()), logit(c), like=train, **options)
         yield ClassPass(c, mine, rows, allowed[rows], train, query)
 
@@ -145,7 +151,7 @@ def gather(
     noise = torch.cat([torch.full((len(s),), s.noise_var, dtype=torch.float64) for s in selections])[order] if selections[0].noise_var is not None else None
     return Selection(ranking, gains, selections[0].method, noise_var=noise)
 
-# %% ../nbs/26_pipeline.ipynb #be438166
+# %% ../nbs/26_pipeline.ipynb #1fdb41b8
 def attribute(
     model: nn.Module, # a trained classifier, in eval mode
     train_set, # data set of (input, whole-number label) pairs, or tensors (X, y)
@@ -154,7 +160,8 @@ def attribute(
     *,
     method=None, # InfoLoss(), InfoGain(), ...; None for ApproxInfoGain(); its noise_var=None is the mean over the rows it visits
     pool: str = "same_class", # or "all": which training rows may be chosen
-    **options, # for tangent_features: proj_dim, proj_type, proj_seed, params, ntk, batch_size, device, progress
+    save_dir: str | Path | None = None, # keep the training features here, a folder for each class: a second call reads them
+    **options, # for tangent_features: proj_dim, proj_type, proj_seed, params, ntk, batch_size, memory, engine, device, progress
 ) -> Selection: # ranking and gains, (q, k), in rows of train_set
     "Which k training examples carry the information behind each prediction? Groups queries by predicted class."
     method = ApproxInfoGain() if method is None else method
@@ -163,6 +170,6 @@ def attribute(
     visit = "pool" if isinstance(method, (InfoGain, ApproxInfoGain)) else "all"
     parts = [
         (p.query_rows, p.train_rows, method.fit(p.train).select(p.queries, k, candidates=p.may_choose))
-        for p in class_passes(model, train_set, queries, pool, visit, k, **options)
+        for p in class_passes(model, train_set, queries, pool, visit, k, save_dir, **options)
     ]
     return gather(*zip(*parts))
