@@ -126,7 +126,7 @@ def choose_engine(
         raise ValueError(problem("engine='hooks'", "parameters that the layer hooks can follow", ", ".join(left[:3]), "use engine='auto', which leaves these to torch.func."))
     return covered
 
-# %% ../nbs/14_features.ipynb #4a63a05a
+# %% ../nbs/14_features.ipynb #f0be4209
 @dataclass(frozen=True)
 class BatchWork:
     "What a pass does to each batch, settled before it starts."
@@ -145,6 +145,7 @@ class BatchWork:
         batch, # tensor, tuple or dictionary, on the model's device
         start: int = 0, # position of its first example
         output: Output | None = None, # to measure instead
+        out: Tensor | None = None, # (b, m) to write to
     ) -> Tensor: # (b, m)
         "Sketched gradients of a batch."
         b, names, by_hooks = examples_in(batch), list(self.covered), [name for name, why in self.covered.items() if why is None]
@@ -155,7 +156,9 @@ class BatchWork:
         running.reset(b)
         for share in stream_jacobian(self.model, batch, output or self.output, names, by_hooks, self.held["scratch"], self.rest):
             running.add(share, (self.ntk or {}).get(share.name, 1.0))
-        out = torch.empty(b, self.projector.proj_dim, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        kind = torch.promote_types(like.dtype, torch.float32)
+        if out is None or (out.dtype, out.device) != (kind, like.device):
+            out = torch.empty(b, self.projector.proj_dim, dtype=kind, device=like.device)
         try:
             return running.result(out, start)
         except ValueError as error:
@@ -220,11 +223,12 @@ def side_outputs(
     except (ValueError, TypeError) as error:
         return None, labels, str(error)
 
-# %% ../nbs/14_features.ipynb #9b8aa6a1
+# %% ../nbs/14_features.ipynb #2e678d77
 def measure_batch(
     work: BatchWork, # settled
     batch, # tensor, tuple or dictionary, on the model's device
     start: int = 0, # position of its first example
+    out: Tensor | None = None, # (b, m) for the sketch, if its type and device are right
 ) -> tuple[Tensor, Tensor | None, Tensor | None, str]: # sketch (b, m), residual, labels, why there is no residual
     "Everything that a pass keeps of a batch."
     sides = []
@@ -237,10 +241,10 @@ def measure_batch(
             sides.append(side_outputs(model_output, inputs, work.output))
         return work.output.fn(model_output, inputs)
 
-    sketch = work.sketch(batch, start, replace(work.output, fn=noting))
+    sketch = work.sketch(batch, start, replace(work.output, fn=noting), out)
     return sketch, *sides[0]
 
-# %% ../nbs/14_features.ipynb #08d6b76a
+# %% ../nbs/14_features.ipynb #1573b3fd
 def pass_rows(
     work: BatchWork, # settled
     source: Source, # what to read
@@ -258,10 +262,12 @@ def pass_rows(
         if hashed:
             total.update(batch)
         batch, b = map_batch(lambda t: t.to(work.device), batch), examples_in(batch)
-        rows, residual, y, why = measure_batch(work, batch, start + at)
+        place = Phi[at : at + b]
+        rows, residual, y, why = measure_batch(work, batch, start + at, place)
         if bool(why) != bool(note):
             raise ValueError(problem(f"labels of examples {start + at} to {start + at + b - 1}", "labels like those before", why or "labels where there were none", "look at these labels."))
-        Phi[at : at + b] = rows
+        if rows is not place:
+            place.copy_(rows)
         residuals.append(residual)
         labels.append(y)
         at += b

@@ -75,7 +75,7 @@ def add_fold(
             if turn < stop:
                 out[:, : stop - turn].addcmul_(G[:, i, turn:stop], s_in[turn:stop], value=s_out[i])
 
-# %% ../nbs/08_fold.ipynb #6765f508
+# %% ../nbs/08_fold.ipynb #9389f9ad
 @lru_cache(maxsize=1024)
 def fold_vectors(
     shape, # of the parameter
@@ -108,7 +108,8 @@ def add_fold_fourier(
             for piece, begin in enumerate(range(0, d_in, m)):
                 v = a[..., begin : begin + m] * s_in[begin : begin + m]
                 u = left.new_zeros(*left.shape[:2], m).index_add_(2, h[:, piece], left)
-                spectrum[k : k + some] += torch.fft.rfft(v, n=m).mul_(torch.fft.rfft(u)).sum(dim=1)
+                terms = torch.fft.rfft(v, n=m).mul_(torch.fft.rfft(u))
+                spectrum[k : k + some] += terms[:, 0] if terms.shape[1] == 1 else terms.sum(dim=1)
 
 # %% ../nbs/08_fold.ipynb #2d8d20f0
 class Workspace:

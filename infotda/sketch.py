@@ -391,7 +391,7 @@ def first_culprits(
         sound = sound & value.isfinite()
     return parts
 
-# %% ../nbs/12_sketch.ipynb #79920bb6
+# %% ../nbs/12_sketch.ipynb #45fd67d6
 class RunningSums:
     "What a sketch that grows holds: sums, witnesses and a workspace."
 
@@ -404,13 +404,15 @@ class RunningSums:
     ):
         self.projector, self.given = projector, dtype
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.workspace = Workspace(workspace, torch.device(device))
+        self.workspace, self.b = Workspace(workspace, torch.device(device)), None
         self.reset(b)
 
     def reset(self,
         b: int, # examples in the next batch
     ) -> None:
         "Start a batch of any size; the workspace is kept."
+        if b == self.b and not self.witnesses:  # nothing was added since the sums were cleared
+            return
         m, self.b, self.witnesses = self.projector.proj_dim, b, []
         fold = self.projector.proj_type == "fold"
         self.folds = FoldSums(b, m, self.dtype, self.workspace, batched_product) if fold else None
