@@ -230,7 +230,7 @@ def add_fold_lookup(
         bins = begin[..., None] + torch.arange(piece.shape[2], device=ring.device)
         ring.scatter_add_(1, bins.flatten(1), piece.flatten(1))
 
-# %% ../nbs/08_fold.ipynb #655ab588
+# %% ../nbs/08_fold.ipynb #05298506
 class FoldSums:
     "The folds of a batch, summed over layers as they come: rows on a doubled ring, terms as a spectrum."
 
@@ -243,11 +243,16 @@ class FoldSums:
     ):
         self.m, self.workspace, self.product = m, workspace, product
         self.ring = torch.zeros(b, 2 * m, dtype=dtype, device=workspace.device)
-        self.spectrum = torch.zeros(b, m // 2 + 1, dtype=torch.promote_types(dtype, torch.complex64), device=workspace.device)
+        self.kind, self.spectrum, self.later = torch.promote_types(dtype, torch.complex64), None, []
 
     def add_factors(self, A: Tensor, B: Tensor, layout: tuple) -> Tensor: # (b,) witness
         "Add sum_t B_t A_t', the cheaper way."
         if fourier_is_cheaper(A.shape[1], B.shape[2], A.shape[2], self.m):
+            if A.shape[1] == 1:  # kept: `total` does all such layers at once, a few examples at a time
+                self.later.append((A.clone(), B.clone(), layout))
+                return A.abs().amax(dim=(1, 2)) * B.abs().amax(dim=(1, 2))
+            if self.spectrum is None:
+                self.spectrum = torch.zeros(len(A), self.m // 2 + 1, dtype=self.kind, device=A.device)
             add_fold_fourier(self.spectrum, A, B, self.m, layout)
             return self.spectrum[:, 0].real.clone()
         add_fold_rows(self.ring, A, B, layout, self.workspace, self.product)
@@ -258,16 +263,35 @@ class FoldSums:
         add_fold_lookup(self.ring, ids, values, layout)
         return self.ring.sum(dim=1)
 
-    def total(self,
-        out: Tensor | None = None, # (b, m) to write to
-        clear: bool = False, # start anew, in the same memory
-    ) -> Tensor: # (b, m)
-        "The sum of everything that was added."
-        m, out = self.m, self.ring.new_empty(len(self.ring), self.m) if out is None else out
-        some = max(1, 2**17 // m)  # a few examples at a time, while they are in the cache
-        for k in range(0, len(out), some):
-            ring, spectrum = self.ring[k : k + some], self.spectrum[k : k + some]
-            out[k : k + some] = ring[:, :m] + ring[:, m:] + torch.fft.irfft(spectrum, n=m)
-            if clear:
-                ring.zero_(), spectrum.zero_()
-        return out
+    @property
+    def nbytes(self) -> int:
+        "The memory it holds at present, without the workspace."
+        kept = [self.ring, *(t for A, B, _ in self.later for t in (A, B)), *([] if self.spectrum is None else [self.spectrum])]
+        return sum(t.nbytes for t in kept)
+
+# %% ../nbs/08_fold.ipynb #d972d9c2
+def _total(
+    self: FoldSums,
+    out: Tensor | None = None, # (b, m) to write to
+    clear: bool = False, # start anew, in the same memory
+) -> Tensor: # (b, m)
+    "The sum of everything that was added."
+    m, out = self.m, self.ring.new_empty(len(self.ring), self.m) if out is None else out
+    some, layers, spectrum = max(1, 2**17 // m), self.later, self.spectrum
+    terms = torch.empty(min(some, len(out)), m // 2 + 1, dtype=self.kind, device=self.ring.device)
+    for k in range(0, len(out), some):  # a few examples at a time, while they are in the cache
+        ring, term, part = self.ring[k : k + some], terms[: len(out) - k], slice(k, k + some)
+        torch.add(ring[:, :m], ring[:, m:], out=out[part])
+        if layers or spectrum is not None:
+            term.zero_() if spectrum is None else term.copy_(spectrum[part])
+            for A, B, layout in layers:
+                add_fold_fourier(term, A[part], B[part], m, layout)
+            out[part] += torch.fft.irfft(term, n=m)
+        if clear:
+            ring.zero_()
+    if clear:
+        self.later, self.spectrum = [], None
+    return out
+
+
+FoldSums.total = _total

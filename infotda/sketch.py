@@ -349,7 +349,7 @@ def add_parameter(
         add = adders.get(spec.proj_type) or partial(add_sjlt, nnz=nonzeros(spec.proj_type))
         add(out, G, spec.shapes[name], spec.streams[name], spec.proj_seed)
 
-# %% ../nbs/12_sketch.ipynb #d99e3c2f
+# %% ../nbs/12_sketch.ipynb #021cc4b7
 class Projector(SketchMatrix):
     "A random projection that keeps inner products; called on gradients, it gives their sketch."
 
@@ -373,7 +373,7 @@ class Projector(SketchMatrix):
 
     def running(self,
         b: int, # examples in a batch
-        dtype: torch.dtype, # of the gradients
+        dtype: torch.dtype | None, # of the gradients; None: not all of one type
         device: torch.device, # where they are
         workspace: int = 2**26, # bytes that the products of factors may use
     ) -> "RunningSketch":
@@ -391,14 +391,14 @@ def first_culprits(
         sound = sound & value.isfinite()
     return parts
 
-# %% ../nbs/12_sketch.ipynb #45fd67d6
+# %% ../nbs/12_sketch.ipynb #6543655e
 class RunningSums:
     "What a sketch that grows holds: sums, witnesses and a workspace."
 
     def __init__(self,
         projector: Projector, # the map
         b: int, # examples in a batch
-        dtype: torch.dtype, # of the gradients
+        dtype: torch.dtype | None, # of the gradients; None: not all of one type
         device: torch.device, # where they are
         workspace: int = 2**26, # bytes that products of factors may use
     ):
@@ -429,14 +429,14 @@ class RunningSums:
     def flat(self, G: Tensor, factor: float) -> Tensor: # (b, numel)
         "One parameter's gradients as rows, times a factor; what is given is not changed."
         G = G.reshape(self.b, -1)
-        return G if factor == 1 else self.workspace.take(G.shape, self.dtype, "scaled").copy_(G).mul_(factor)
+        return G if factor == 1 and not G.dtype == torch.float64 != self.dtype else self.workspace.take(G.shape, self.dtype, "scaled").copy_(G).mul_(factor)
 
     @property
     def nbytes(self) -> int:
         "The memory it holds at present."
-        return self.workspace.held + (self.folds.ring.nbytes + self.folds.spectrum.nbytes if self.folds else self.sums.nbytes)
+        return self.workspace.held + (self.folds.nbytes if self.folds else self.sums.nbytes)
 
-# %% ../nbs/12_sketch.ipynb #67e477b2
+# %% ../nbs/12_sketch.ipynb #54576a89
 class RunningSketch(RunningSums):
     "The sketch of a batch, growing share by share; made by `Projector.running`."
 
@@ -454,7 +454,7 @@ class RunningSketch(RunningSums):
                 if (parts := getattr(share, form, lambda: None)()) is not None:
                     left, right = (part.to(self.dtype) if part.is_floating_point() else part for part in parts)
                     return self.witnesses.append((name, add(left, right, (h, s_out * factor, s_in))))
-        self.add_gradient(name, share.gradient(self.workspace.take(size, self.given)), factor)
+        self.add_gradient(name, share.gradient(self.given and self.workspace.take(size, self.given)), factor)
 
     @torch.no_grad()
     def add_gradient(self,
