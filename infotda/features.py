@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ENGINES', 'RESERVE', 'DEFAULTS', 'FeatureRecord', 'Features', 'check_ntk', 'choose_engine', 'BatchWork',
            'summed_gradient', 'self_check', 'side_outputs', 'measure_batch', 'pass_rows', 'find_store',
-           'stored_features', 'stored_pass', 'first_batch', 'try_batches', 'batch_peak', 'choose_batch', 'PassPlan',
-           'plan_pass', 'new_projection', 'like_projection', 'check_options', 'settle', 'shard_rows', 'run_pass',
-           'tangent_features']
+           'stored_features', 'rehash', 'stored_pass', 'first_batch', 'try_batches', 'batch_peak', 'choose_batch',
+           'PassPlan', 'plan_pass', 'new_projection', 'like_projection', 'check_options', 'check_repeatable', 'settle',
+           'shard_rows', 'run_pass', 'tangent_features']
 
 # %% ../nbs/14_features.ipynb #3457a909
 import math
@@ -33,7 +33,7 @@ from .sketch import Projector
 from .sources import Source, as_source
 from .store import DTYPES, REMEDIES, DataHash, FeatureStore, FeatureStoreMismatch, StoreSpec, default_rows, first_difference, hash_order, resume_pass, weights_of
 
-# %% ../nbs/14_features.ipynb #6eee1307
+# %% ../nbs/14_features.ipynb #16420211
 @dataclass(frozen=True, eq=False)
 class FeatureRecord:
     "What a feature pass gives, and how it was made."
@@ -47,7 +47,7 @@ class FeatureRecord:
     residual_note: str = "" # why there is no residual
     fn: Callable | None = None # the measured function itself, to tell unnamed ones apart; left behind when pickled
     dtype: str = "float32" # how the rows were stored
-    weights: Mapping | None = None # hashes of the model's weights, if the features come from a store
+    weights: Mapping | None = None # hashes of the model's weights
 
     @property
     def params(self) -> list[str]:
@@ -126,7 +126,7 @@ def choose_engine(
         raise ValueError(problem("engine='hooks'", "parameters that the layer hooks can follow", ", ".join(left[:3]), "use engine='auto', which leaves these to torch.func."))
     return covered
 
-# %% ../nbs/14_features.ipynb #f0be4209
+# %% ../nbs/14_features.ipynb #01839c4b
 @dataclass(frozen=True)
 class BatchWork:
     "What a pass does to each batch, settled before it starts."
@@ -151,14 +151,15 @@ class BatchWork:
         b, names, by_hooks = examples_in(batch), list(self.covered), [name for name, why in self.covered.items() if why is None]
         like = self.model.get_parameter(names[0])
         if not self.held:
-            self.held.update(running=self.projector.running(b, like.dtype, like.device), scratch=Scratch(), batches=0)
+            kinds = {self.model.get_parameter(name).dtype for name in names}
+            running = self.projector.running(b, like.dtype if len(kinds) == 1 else None, like.device)
+            self.held.update(running=running, scratch=Scratch(), batches=0)
         running = self.held["running"]
         running.reset(b)
         for share in stream_jacobian(self.model, batch, output or self.output, names, by_hooks, self.held["scratch"], self.rest):
             running.add(share, (self.ntk or {}).get(share.name, 1.0))
-        kind = torch.promote_types(like.dtype, torch.float32)
-        if out is None or (out.dtype, out.device) != (kind, like.device):
-            out = torch.empty(b, self.projector.proj_dim, dtype=kind, device=like.device)
+        if out is None or (out.dtype, out.device) != (running.dtype, like.device):
+            out = torch.empty(b, self.projector.proj_dim, dtype=running.dtype, device=like.device)
         try:
             return running.result(out, start)
         except ValueError as error:
@@ -279,7 +280,7 @@ def pass_rows(
     gathered = [None if any(t is None for t in parts) else torch.cat(parts).cpu() for parts in (residuals, labels)]
     return dict(zip(("Phi", "residual", "labels", "index", "data"), (Phi, *gathered, None if source.index is None else source.index[start:stop], total.hexdigest() if hashed else None)))
 
-# %% ../nbs/14_features.ipynb #d47b8c43
+# %% ../nbs/14_features.ipynb #f06a492c
 def find_store(
     save_dir, # folder, or None
     spec: StoreSpec | None, # what its rows have to be
@@ -291,6 +292,8 @@ def find_store(
         return None
     if output.name in ("<lambda>", "partial") or output.name == type(output.fn).__name__:
         raise ValueError(problem("save_dir", "an output that can be recognised tomorrow", f"one called {output.name}", 'give the function a name: Output("name", fn).'))
+    if Path(save_dir).exists() and not Path(save_dir).is_dir():
+        raise ValueError(problem("save_dir", "a folder", f"{save_dir}, which is a file", "choose another name."))
     if not (Path(save_dir) / "manifest.json").exists():
         return None
     store = FeatureStore.open(save_dir)
@@ -310,7 +313,20 @@ def stored_features(
     spec = store.manifest["spec"]
     return Features(store.Phi, store.residual, store.labels, store.index, projector, output.name, spec["ntk"], store.info["residual_note"], output.fn, spec["dtype"], spec["weights"])
 
-# %% ../nbs/14_features.ipynb #e84fefd9
+# %% ../nbs/14_features.ipynb #9b204d17
+def rehash(
+    source: Source, # what to read
+    size: int, # examples in a batch
+) -> Callable: # (start, stop) -> 64 hexadecimal digits
+    "How to hash some consecutive examples as they are now."
+    def of(start, stop):
+        total = DataHash()
+        for batch in source.read(size, start, stop):
+            total.update(batch)
+        return total.hexdigest()
+    return of
+
+# %% ../nbs/14_features.ipynb #23934bde
 def stored_pass(
     work: BatchWork, # settled
     source: Source, # what to read
@@ -320,16 +336,9 @@ def stored_pass(
     "Make the rows that a store lacks, in batches that do not depend on what it has."
     size, note = store.info["batch_size"], store.info["residual_note"]
     todo = sum(stop - start for start, stop in store.missing())
-
-    def rehash(start, stop):
-        total = DataHash()
-        for batch in source.read(size, start, stop):
-            total.update(batch)
-        return total.hexdigest()
-
     with progress_bar(None, f"features of {work.output.name}", len(store), progress and todo > 0, "example", len(store) - todo) as bar:
-        produce = lambda start, stop: pass_rows(work, source, size, note, start, stop, bar.update, source.index is None)
-        return resume_pass(store, produce, None if source.index is not None else rehash, progress=False)
+        produce = lambda start, stop: pass_rows(work, source, size, note, start, stop, bar.update, hashed=True)
+        return resume_pass(store, produce, rehash(source, size), progress=False)
 
 # %% ../nbs/14_features.ipynb #5d6ba66f
 RESERVE = 1.4  # what the process takes at the peak, for each byte of a tensor
@@ -445,7 +454,7 @@ def plan_pass(
     flops = counted.get_total_flops() / few
     return PassPlan(todo, source.n, size, work.projector, work.output.name, by_func, work.rest, str(device), peak, features, disk, rows, dtype, flops * todo, seconds * todo)
 
-# %% ../nbs/14_features.ipynb #bd43f468
+# %% ../nbs/14_features.ipynb #818f5a3f
 DEFAULTS = {"proj_dim": None, "proj_type": "fold", "proj_seed": 0, "params": None, "ntk": None}
 
 
@@ -471,6 +480,8 @@ def like_projection(
     **asked, # the arguments of `new_projection`
 ) -> tuple[Projector, Mapping | None]: # projector and factors of `like`
     "The projection of earlier features, if model, output and arguments fit."
+    if not hasattr(like, "projector"):
+        raise TypeError(problem("like", "Features, a FeatureStore or its folder", type(like).__name__, "give what tangent_features returned, not its matrix."))
     check_same_output(like.output, getattr(like, "fn", None), output.name, output.fn)
     known, had = dict(model.named_parameters()), like.manifest["spec"]["weights"] if isinstance(like, FeatureStore) else getattr(like, "weights", None)
     wrong = [name for name, shape in like.projector.shapes.items() if name not in known or known[name].shape != shape]
@@ -486,7 +497,7 @@ def like_projection(
         raise ValueError(problem(clash[0], f"{had[clash[0]]!r} as in like=", repr(asked[clash[0]]), "leave it out, or make new features for both sides."))
     return like.projector, like.ntk
 
-# %% ../nbs/14_features.ipynb #b5a36b41
+# %% ../nbs/14_features.ipynb #9fdadb8e
 def check_options(
     batch_size, # a whole number of at least 1, or None
     memory, # bytes, or None
@@ -504,8 +515,22 @@ def check_options(
         raise ValueError(problem("dtype", f"one of {', '.join(DTYPES)}", repr(dtype), "choose one of these; float32 changes nothing."))
     if save_dir is None and dtype != "float32":
         raise ValueError(problem("dtype", "float32 for features in memory", repr(dtype), "give save_dir=: it is the store that can keep two bytes for a number."))
+    if save_dir is not None and not os.fspath(save_dir):
+        raise ValueError(problem("save_dir", "a folder, or None", repr(save_dir), "an empty name is no folder; None keeps the rows in memory."))
+    if batch_size is not None and memory is not None:
+        raise ValueError(problem("memory", "None where batch_size is given", repr(memory), "give one of them: memory= is the limit from which a batch size is chosen."))
 
-# %% ../nbs/14_features.ipynb #4a750a4e
+# %% ../nbs/14_features.ipynb #e96cf960
+def check_repeatable(
+    source: Source, # what to read
+    few: int = 4, # examples
+) -> None:
+    "Refuse data whose first examples are others when they are read again."
+    read = lambda: DataHash().update(first_batch(source, few, torch.device("cpu"))).hexdigest()
+    if read() != read():
+        raise ValueError(problem("data", "the same examples whenever they are read", "others the second time", "switch random augmentation off: use the transform of the evaluation."))
+
+# %% ../nbs/14_features.ipynb #34ca3efe
 def settle(
     model: nn.Module, # on its device
     source: Source, # what to read
@@ -517,6 +542,7 @@ def settle(
 ) -> tuple[BatchWork, int, str]: # the work, the batch size, why there is no residual
     "Try a pass on its first examples, and settle how it will be done."
     device, names = next(iter(model.parameters())).device, list(projection[0].shapes)
+    check_repeatable(source)
     first = first_batch(source, 16, device)
     check_measurable(model, first, output, names)
     covered = choose_engine(model, map_batch(lambda t: t[:2], first), output, names, engine)
@@ -542,7 +568,7 @@ def shard_rows(
     in_time = int(most * few / (perf_counter() - begin))
     return default_rows(m, dtype, min(16 * 2**20, in_time * m * DTYPES[dtype].itemsize), size)
 
-# %% ../nbs/14_features.ipynb #d354c275
+# %% ../nbs/14_features.ipynb #ee7b7093
 def run_pass(
     work: BatchWork, # settled
     source: Source, # what to read
@@ -558,9 +584,9 @@ def run_pass(
     with progress_bar(None, f"features of {work.output.name}", source.n, progress, "example") as bar:
         rows = pass_rows(work, source, size, note, tick=bar.update)
     rows.pop("data")
-    return Features(**rows, projector=work.projector, output=work.output.name, ntk=work.ntk, residual_note=note, fn=work.output.fn)
+    return Features(**rows, projector=work.projector, output=work.output.name, ntk=work.ntk, residual_note=note, fn=work.output.fn, weights=weights_of(work.model, work.projector.shapes))
 
-# %% ../nbs/14_features.ipynb #973024f9
+# %% ../nbs/14_features.ipynb #bc786483
 def tangent_features(
     model: nn.Module, # trained, in evaluation mode
     data, # Dataset, DataLoader that does not shuffle, (X, y), dictionary of tensors, or X
@@ -590,10 +616,10 @@ def tangent_features(
     projection = new_projection(model, **asked) if like is None else like_projection(like, model, output, **asked)
     spec = save_dir and StoreSpec(source.n, projection[0], output.name, weights_of(model, projection[0].shapes), hash_order(source.index), projection[1], dtype)
     store = find_store(save_dir, spec, output, batch_size=batch_size, engine=None if engine == "auto" else engine)
-    if store and store.is_complete and source.index is not None and not dry_run:
-        return stored_features(store, projection[0], output)
+    if store and store.is_complete and not dry_run:
+        return stored_features(resume_pass(store, None, rehash(source, store.info["batch_size"])), projection[0], output)
     info = store.info if store else {"engine": engine, "batch_size": batch_size}
-    with on_device(model, device):
+    with torch.inference_mode(False), on_device(model, device):
         work, size, note = settle(model, source, output, projection, info["engine"], info["batch_size"], memory)
         rows = shard_rows(work, source, size, dtype) if spec and not store else None
         if dry_run:

@@ -109,11 +109,13 @@ def _training_trouble(module):
         return "spectral normalisation, an estimate that changes with every call"
     return None
 
-# %% ../nbs/11_jacobian.ipynb #1d06f95b
+# %% ../nbs/11_jacobian.ipynb #7cec9449
 def check_ready(
     model: nn.Module, # any module
 ) -> None:
     "Refuse a model whose output for one example depends on the other examples, or on chance."
+    if not isinstance(model, nn.Module):
+        raise TypeError(problem("model", "a torch.nn.Module", type(model).__name__, "wrap a function in a module whose forward calls it."))
     found = [(name or type(model).__name__, why) for name, m in model.named_modules() if (why := trouble(m))]
     if found:
         found.sort(key=lambda pair: pair[1] not in ALWAYS)  # first what model.eval() would not mend
@@ -196,7 +198,7 @@ def alone(
                 rows[name].append(g)
     return {name: torch.stack(g) for name, g in rows.items()}
 
-# %% ../nbs/11_jacobian.ipynb #5cb43bbb
+# %% ../nbs/11_jacobian.ipynb #5edd4315
 def coverage(
     model: nn.Module, # in evaluation mode
     batch, # tensor, tuple or dictionary; its first two examples are used
@@ -225,6 +227,8 @@ def coverage(
             reasons[name] = "its pieces do not add up: it is used out of sight, or examples are mixed"
         elif name in watch.folded and not length[name].all():
             reasons[name] = "its gradient is zero, so that its layout cannot be verified"
+        elif watch.picks and name not in watch.seen:
+            reasons[name] = f"not used by the two examples that were tried, and rows are picked by value ({watch.picks})"
         else:
             reasons[name] = None
     return reasons

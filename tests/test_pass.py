@@ -7,17 +7,21 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 
 from infotda.data import has_data, load_data
 from infotda.features import PassPlan, tangent_features
 from infotda.greedy import InfoGain
-from infotda.models import MLP, ResNet9
+from infotda.jacobian import param_shapes, per_example_jacobian
+from infotda.models import MLP, ResNet9, digits_mlp
 from infotda.outputs import Output, logit, true_logit
+from infotda.sketch import Projector
 from infotda.store import FeatureStore, FeatureStoreMismatch, shard_name
 
 KILLS = int(os.environ.get("INFOTDA_KILLS", 24))  # 200 for the full count
@@ -469,3 +473,98 @@ def test_kills_at_random_moments_lose_double_and_invent_nothing(tmp_path):
 
 if __name__ == "__main__":
     measure(*sys.argv[1:])
+
+
+class Experts(nn.Module):
+    """Each token goes to one of two layers, by its sign."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), nn.Linear(6, 4)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        out = torch.zeros_like(tokens)
+        for positive, expert in enumerate(self.experts):
+            rows = ((tokens[:, 0] > 0) == bool(positive)).nonzero().flatten()
+            if len(rows):
+                out[rows] = torch.tanh(expert(tokens[rows]))
+        return self.head(out.view_as(x).mean(dim=1))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_tokens_that_are_routed_by_value_stay_with_their_examples(size):
+    # the first examples leave the second expert alone; later its 12 tokens are 0, 0, 0, 0, 1, 3, 4, 4 of eight examples
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, 6)
+    x[:, :, 0] = -x[:, :, 0].abs()
+    for example, count in [(4, 1), (5, 3), (6, 4), (7, 4)]:
+        x[example, :count, 0] *= -1
+    model, options = Experts(), {"proj_dim": 64, "batch_size": size, "progress": False}
+    truth = Projector(param_shapes(model), 64)(per_example_jacobian(model, x, logit(1), engine="loop", chunk_size=1))
+    one_by_one = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(model(row[None])[0, 1], list(model.parameters()), materialize_grads=True)]) for row in x])
+    assert_close(truth, Projector(param_shapes(model), 64)(one_by_one), rtol=1e-4, atol=1e-5)
+    assert_close(tangent_features(model, x, logit(1), engine="loop", **options).Phi, truth, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError):
+        tangent_features(model, x, logit(1), **options)
+
+
+def test_labels_that_change_behind_their_numbers_are_noticed(tmp_path):
+    model, data = digits_mlp(), load_data("digits", "train").subset(range(90))
+    flipped, options = replace(data, y=(data.y + 1) % 10), {"proj_dim": 32, "batch_size": 32, "progress": False, "save_dir": tmp_path / "store"}
+    kept = tangent_features(model, data, true_logit(), **options)
+    assert torch.equal(tangent_features(model, data, true_logit(), **options).Phi, kept.Phi)
+    for changed in (flipped, replace(data, x=2 * data.x - 1)):
+        with pytest.raises(FeatureStoreMismatch, match="data of rows 0 to"):
+            tangent_features(model, changed, true_logit(), **options)
+
+
+def test_queries_of_another_model_are_refused_in_memory_too():
+    model, data = digits_mlp(), load_data("digits", "train").subset(range(40))
+    train = tangent_features(model, data, logit(3), proj_dim=32, progress=False)
+    with pytest.raises(FeatureStoreMismatch, match="weights.selected"):
+        tangent_features(digits_mlp(seed=1), data, logit(3), like=train, progress=False)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("proj_type", ["fold", "rademacher", "sjlt"])
+def test_a_model_of_two_precisions(kind, proj_type):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 8).to(kind), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.body(x.to(kind))).float())
+
+    torch.manual_seed(0)
+    model, x = Two(), torch.randn(7, 6)
+    grads = [torch.cat([g.flatten().double() for g in torch.autograd.grad(model(row[None])[0, 1], list(model.parameters()))]) for row in x]
+    truth = Projector(param_shapes(model), 32, proj_type)(torch.stack(grads)).float()
+    for engine in ("hooks", "func"):
+        features = tangent_features(model, x, logit(1), proj_dim=32, proj_type=proj_type, batch_size=3, engine=engine, progress=False)
+        assert_close(features.Phi, truth, rtol=1e-4, atol=2e-2 if kind == torch.bfloat16 else 1e-5)
+
+
+def test_a_pass_within_inference_mode():
+    model, data = digits_mlp(), load_data("digits", "train").subset(range(40))
+    run = lambda: tangent_features(model, data, logit(3), proj_dim=32, batch_size=16, progress=False).Phi
+    with torch.inference_mode():
+        within = run()
+    assert torch.equal(within, run())
+
+
+def test_examples_that_change_or_hold_lists_are_refused():
+    class Cropped(torch.utils.data.Dataset):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return torch.rand(1, 8, 8), i % 10
+
+    with pytest.raises(ValueError, match="random augmentation"):
+        tangent_features(digits_mlp(), Cropped(), logit(3), progress=False)
+    with pytest.raises(TypeError, match="a list in 'input_ids'"):
+        tangent_features(digits_mlp(), [{"input_ids": [1, 2], "label": 1}] * 3, logit(3), progress=False)
+    with pytest.raises(TypeError, match="nn.Module"):
+        tangent_features(torch.relu, torch.zeros(3, 2), logit(0), progress=False)
