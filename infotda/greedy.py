@@ -6,7 +6,7 @@
 __all__ = ['checked_rows', 'gain_kernel', 'loss_kernel', 'dual_loss_kernel', 'checked_gram', 'gram_kernel', 'pools_of',
            'InfoGain', 'ApproxInfoGain', 'InfoLoss']
 
-# %% ../nbs/22_greedy.ipynb #0506ef59
+# %% ../nbs/22_greedy.ipynb #7c74c096
 import warnings
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attribution import Selection
-from .core import (as_candidates, as_features, as_queries, cholesky, first_max, problem,
+from .core import (as_candidates, as_features, as_queries, cholesky, problem,
                           resolve_noise_var)
 from .elimination import GramKernel, RowKernel, greedy, increments, plan, to_gram
 from .surrogate import function_space_chol, singleton_gain, singleton_loss, weight_space_chol

@@ -498,7 +498,7 @@ def _attention(watch, *args, **kwargs):
     finally:
         watch.each = before
 
-# %% ../nbs/10_layers.ipynb #f759e782
+# %% ../nbs/10_layers.ipynb #aa54d818
 @contextmanager
 def slow_encoder() -> Iterator[None]:
     "Keep nn.TransformerEncoder from its fused path, in which no function can be watched."
@@ -523,7 +523,7 @@ def watched_pass(
         state = {**{name: t.clone() for name, t in model.named_buffers()}, **weights}
         inputs = map_batch(lambda t: t.detach().clone(), batch)
         args, kwargs = model_inputs(model, inputs)
-        spark = torch.zeros_like(weights[names[0]].view(-1)[:1].squeeze(0), requires_grad=True)
+        spark = torch.zeros_like(weights[names[0]].reshape(-1)[:1].squeeze(0), requires_grad=True)
         watch = Watch({id(weights[name]): name for name in names}, batch_size(batch), spark, scratch or Scratch())
         with watch:
             model_output = functional_call(model, state, args, kwargs)
