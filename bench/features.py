@@ -43,7 +43,7 @@ import numpy as np
 import torch
 from torch.func import functional_call, grad, vmap
 
-from infotda.core import environment, onednn_works
+from common import cpu, peak_bytes, write_record
 from infotda.data import load_data
 from infotda.features import tangent_features
 from infotda.models import MLP, ResNet9, train
@@ -151,13 +151,6 @@ class Task:
 
 class Skip(Exception):
     "Why a row has no figures."
-
-
-def cpu(call, *args):
-    "CPU seconds and result of a call."
-    start = time.process_time()
-    result = call(*args)
-    return time.process_time() - start, result
 
 
 def floor(task, backward=True, size=None, n=None):
@@ -387,7 +380,7 @@ def measure(kind, m, name, folder, quick):
     Phi = found.pop("Phi", None)
     if Phi is not None:
         found |= {"dims": Phi.shape[1], "error": rms_error(torch.load(folder / f"{kind}-K.pt"), Phi[: EVAL[kind]]), "pairs_of": min(EVAL[kind], len(Phi))}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     return found | {"floor": statistics.median(floors), "floor_all": floors, "over_floor": found["cpu"] / statistics.median(floors), "peak_bytes": peak}
 
 
@@ -458,9 +451,7 @@ def main():
     if any(r.get("skipped", "").startswith("failed") for r in results):
         sys.exit("some rows failed: nothing is written")
     if not args.quick and not args.only:
-        torch.set_num_threads(1)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"environment": environment() | {"onednn": onednn_works()}, "cpu_minutes": spent / 60, "networks": made, "rows": results}, indent=1) + "\n")
+        write_record(args.out, cpu_minutes=spent / 60, networks=made, rows=results)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,15 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
-import json
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from infotda.core import environment, fast_product, onednn_works
+from common import aligned, cpu, peak_bytes, run_cases
+from infotda.core import fast_product
 from infotda.elimination import plan
 from infotda.greedy import InfoGain, InfoLoss, ApproxInfoGain
 
@@ -49,18 +44,6 @@ QUICK = {
     "n4k-m128-tight": (InfoGain, 4_000, 128, 30, 20, None, False, 1, 0),
     "n20k-m64-file": (InfoGain, 20_000, 64, 20, 10, None, True, 1, 0),
 }
-
-
-def peak_bytes() -> int:
-    "Largest resident size of this process so far."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def cpu(call, *args):
-    "CPU seconds and result of a call."
-    start = time.process_time()
-    result = call(*args)
-    return time.process_time() - start, result
 
 
 def naive(Phi, phi, noise_var, k, dtype):
@@ -136,37 +119,14 @@ def table(results):
              "x naive f32": "speedup_float32", "x naive f64": "speedup_float64", "peak/features": "peak_over_features"}
     head = ["case", "route", *shown, "peak MiB"]
     lines = [[r["case"], r["route"], *(f"{r[key]:.2f}" if key in r else "" for key in shown.values()), f"{r['peak_bytes'] / 2**20:.0f}"] for r in results]
-    widths = [max(len(line[i]) for line in [head] + lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in [head] + lines)
+    return aligned(head, lines)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small cases, nothing written")
-    parser.add_argument("--only", action="append", help="only this case (may be repeated); nothing written")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "greedy.json")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    cases = QUICK if args.quick else CASES
-    if args.one:
-        case = cases[args.one]
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(args.one, case, Path(folder) / "features" if case[6] else None)))
-        return
-    results = []
-    for name in args.only or cases:
-        command = [sys.executable, __file__, "--one", name] + (["--quick"] if args.quick else [])
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr}")
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{name} done", file=sys.stderr)
-    print(table(results))
-    if not args.quick and not args.only:
-        torch.set_num_threads(1)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"environment": environment() | {"onednn": onednn_works()}, "cases": results}, indent=1) + "\n")
+def measure_in_folder(name, case):
+    "`measure`, with a file for the features if the case wants one."
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(name, case, Path(folder) / "features" if case[6] else None)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(__file__, __doc__, CASES, QUICK, measure_in_folder, table)

@@ -13,20 +13,14 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
 import time
 import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from infotda.core import environment
+from common import aligned, peak_bytes, run_cases
 from infotda.lsi import LSI, DiagInformation, train_modules
 from infotda.probe import fit_probe, initial_probe, retrain_loo, train_steps, with_bias
 
@@ -45,11 +39,6 @@ QUICK = {
     "stacked-mlp-n300-d32": ("stacked-mlp", 300, 32, 5, 50, 8),
 }
 WEIGHT_DECAY, LR, MOMENTUM = 5e-4, 0.004, 0.9
-
-
-def peak_bytes() -> int:
-    "Largest resident size of this process so far."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cpu(call):
@@ -161,35 +150,8 @@ def table(results):
     lines = [[r["case"], f"{1e3 * r['per_example_s']:.2f}", f"{1e3 * r['retrain_per_example_s']:.0f}", f"{r['speedup']:.0f}" if r["speedup"] > 10 else f"{r['speedup']:.1f}",
               f"{r['median_relative_error']:.1e}" if "median_relative_error" in r else "", f"{r['spearman']:.4f}" if r.get("spearman") else "",
               f"{r['peak_bytes'] / 2**20:.0f}", f"{r['wall_s']:.0f}"] for r in results]
-    widths = [max(len(line[i]) for line in [head] + lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in [head] + lines)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small cases, nothing written")
-    parser.add_argument("--only", action="append", help="only this case (may be repeated); nothing written")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lsi.json")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    cases = QUICK if args.quick else CASES
-    if args.one:
-        print(json.dumps(measure(args.one, cases[args.one])))
-        return
-    results = []
-    for name in args.only or cases:
-        command = [sys.executable, __file__, "--one", name] + (["--quick"] if args.quick else [])
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr}")
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{name} done", file=sys.stderr)
-    print(table(results))
-    if not args.quick and not args.only:
-        torch.set_num_threads(1)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"environment": environment(), "cases": results}, indent=1) + "\n")
+    return aligned(head, lines)
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(__file__, __doc__, CASES, QUICK, measure, table)

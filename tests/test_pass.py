@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 
+from forks import forked
 from infotda.data import has_data, load_data
 from infotda.features import PassPlan, tangent_features
 from infotda.greedy import InfoGain
@@ -379,7 +380,7 @@ def test_a_rule_fits_features_on_disk_without_loading_them(tmp_path):
 
 
 # ---- killed -----------------------------------------------------------------------------------------
-# A process with model and data, which forks a pass for each order.
+# A process with model and data, which makes a pass for each order, see forks.py.
 SERVER = """
 import json, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -398,26 +399,6 @@ def work(path, log, **_):
         return made(work, source, size, why, start, *rest, **more)
     features.pass_rows = noted
     features.tangent_features(model, data, save_dir=path, progress=False, **options)
-
-print("ready", flush=True)
-for line in sys.stdin:
-    order = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work(**order)
-            code = 0
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    start = time.perf_counter()
-    if order["kill_after"] is not None:
-        time.sleep(order["kill_after"])
-        os.kill(pid, signal.SIGKILL)  # not yet waited for: the number is still this child's
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print(json.dumps([code, time.perf_counter() - start]), flush=True)
 """
 
 
@@ -427,19 +408,18 @@ def kill_case():
     return MLP([784, 32, 10]).eval(), load_data("fashion_mnist", "train").subset(range(3000)), dict(output=logit(3), proj_dim=64, batch_size=8)
 
 
+@pytest.fixture
+def writer():
+    "A function that has a process make the pass, and perhaps die; returns its exit code and the seconds."
+    with forked(SERVER) as order:
+        yield order
+
+
 @pytest.mark.skipif(not has_data("fashion_mnist"), reason="no data here")
-def test_kills_at_random_moments_lose_double_and_invent_nothing(tmp_path):
-    server = subprocess.Popen([sys.executable, "-c", SERVER, os.path.dirname(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert server.stdout.readline() == "ready\n"
-
-    def work(path, log, kill_after=None):
-        server.stdin.write(json.dumps({"path": str(path), "log": str(log), "kill_after": kill_after}) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
+def test_kills_at_random_moments_lose_double_and_invent_nothing(tmp_path, writer):
     model, data, options = kill_case()
     truth = tangent_features(model, data, progress=False, **options)
-    _, longest = work(tmp_path / "straight", tmp_path / "straight.log")
+    _, longest = writer(path=tmp_path / "straight", log=tmp_path / "straight.log")
     shards = FeatureStore.open(tmp_path / "straight").manifest["shards"]
     assert len(shards) == 75
     rng, kills, passes, inside = random.Random(0), 0, 0, 0
@@ -447,7 +427,7 @@ def test_kills_at_random_moments_lose_double_and_invent_nothing(tmp_path):
         path, log, done = tmp_path / f"pass-{passes}", tmp_path / f"log-{passes}", []
         while True:
             before = len(log.read_text().split()) if log.exists() else 0
-            code, _ = work(path, log, rng.uniform(0, longest) if kills < KILLS else None)
+            code, _ = writer(path=path, log=log, kill_after=rng.uniform(0, longest) if kills < KILLS else None)
             assert code in (0, -9)
             kills += code == -9
             if not (path / "manifest.json").exists():
@@ -467,8 +447,6 @@ def test_kills_at_random_moments_lose_double_and_invent_nothing(tmp_path):
         passes += 1
     print(f"{kills} kills, {inside} of them in the middle of a store, over {passes} passes of {longest:.1f} s")
     assert inside > KILLS / 3
-    server.stdin.close()
-    server.wait(30)
 
 
 if __name__ == "__main__":

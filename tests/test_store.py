@@ -4,7 +4,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
+from forks import forked
 from infotda.core import as_features
 from infotda.sketch import Projector
 from infotda.store import (DTYPES, DataHash, FeatureStore, FeatureStoreMismatch, StoreSpec, decode_rows, encode_rows, hash_weights, resume_pass, shard_name,
@@ -40,7 +40,7 @@ def filled(path, n=25, rows=10, **other):
     return resume_pass(FeatureStore.create(path, spec_of(n, **other), rows), produce, progress=False)
 
 
-# A process that has everything imported and forks a writer for each order, so that sixty kills do not import torch sixty times.
+# What the process behind `writer` does with an order, see forks.py.
 SERVER = """
 import json, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -78,41 +78,14 @@ def work(path, log, dtype="float32", n=None, die_at=None, hold=False, stage=Fals
         os.write(note, f"{start}\\n".encode())
         return produce(start, stop)
     resume_pass(FeatureStore.open_or_create(path, spec, ROWS), noted, progress=False)
-
-print("ready", flush=True)
-for line in sys.stdin:
-    order = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work(**order)
-            code = 0
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    if "kill_after" in order:
-        time.sleep(order["kill_after"])
-        os.kill(pid, signal.SIGKILL)  # not yet waited for: the number is still this child's
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def writer():
     "A function that has a process write, and perhaps die; returns its exit code."
-    server = subprocess.Popen([sys.executable, "-c", SERVER, os.path.dirname(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert server.stdout.readline() == "ready\n"
-
-    def order(**what):
-        server.stdin.write(json.dumps({key: str(v) if key in ("path", "log") else v for key, v in what.items()}) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
-
-    yield order
-    server.stdin.close()
-    server.wait(30)
+    with forked(SERVER) as order:
+        yield lambda **what: order(**what)[0]
 
 
 # ---- killed -----------------------------------------------------------------------------------------
