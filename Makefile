@@ -3,11 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATASET ?= digits
 # A folder of data sets inside or beside the checkout is used if there is one; INFOTDA_DATA overrides.
+WORKERS ?= 2
+PROFILE ?= quick
 INFOTDA_DATA ?= $(abspath $(firstword $(wildcard data ../data ../shared/data)))
-export INFOTDA_DATA
+INFOTDA_CACHE ?= $(abspath out/cache)
+export INFOTDA_DATA INFOTDA_CACHE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check export readme clean
+FIGURES := $(patsubst nbs/figures/%.ipynb,out/figures/%.$(PROFILE),$(wildcard nbs/figures/*.ipynb))
+.PHONY: help demo test check figures export readme clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,10 +21,18 @@ demo: .venv/ready  ## train, attribute ten test images by three methods, write o
 
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/ready  ## every check: in sync, lint, house rules, every notebook from a fresh kernel, all tests
-	$(BIN)/python -m pytest tests nbs --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -q
+	$(BIN)/python -m pytest tests nbs --nbval-lax --nbval-current-env --nbval-cell-timeout=900 -q -n $(WORKERS) --dist loadfile
 
 check: .venv/ready  ## the fast part of `make test`: in sync, lint, house rules
 	$(BIN)/python -m pytest tests/test_repo.py -q
+
+figures: export OMP_NUM_THREADS ?= 1
+figures: $(FIGURES)  ## run the figures whose code has changed and store their outputs (-j2 for two at a time, PROFILE=quick or paper)
+
+out/figures/%.$(PROFILE): nbs/figures/%.ipynb $(wildcard infotda/*.py) | .venv/ready
+	@mkdir -p $(@D)
+	INFOTDA_PROFILE=$(PROFILE) $(BIN)/python tests/notebooks.py run $<
+	@touch $@
 
 export: .venv/ready  ## notebooks -> infotda/, cleaned, and README.md
 	$(BIN)/nbdev_export

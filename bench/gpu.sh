@@ -10,6 +10,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RESULTS=${RESULTS:-bench/results}
 export PYTHON=${PYTHON:-python3}
+export INFOTDA_CACHE=${INFOTDA_CACHE:-$PWD/out/cache}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$RESULTS"
 
@@ -17,6 +18,11 @@ declare -A PIECES=(
   [tests]="$PYTHON -m pytest tests -m gpu -q -p no:cacheprovider --ignore=tests/test_repo.py"
 )
 ORDER=(tests)
+for figure in nbs/figures/*.ipynb; do  # every figure in the full protocol; each goes on from its cache
+  name=figure-$(basename "$figure" .ipynb)
+  PIECES[$name]="INFOTDA_PROFILE=paper $PYTHON bench/plain.py $figure"
+  ORDER+=("$name")
+done
 
 "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device here"' || { echo "bench/gpu.sh: nothing was run (PYTHON=$PYTHON)"; exit 1; }
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SKIP = re.compile(r"^\s*#\s*\|\s*(notest|gpu|eval:\s*false)\b", re.MULTILINE | re.IGNORECASE)
-passed_in = {}  # notebook -> how many of its cells passed
+passed_in = set()  # notebooks of which a cell passed
 
 
 def pytest_itemcollected(item):
@@ -23,17 +23,20 @@ def notebooks():
 
 
 def pytest_runtest_logreport(report):
-    path = Path(report.nodeid.split("::")[0])
-    if report.when == "call" and report.passed and path.suffix == ".ipynb":
-        passed_in[path.name] = passed_in.get(path.name, 0) + 1
+    path = report.nodeid.split("::")[0]
+    if report.when == "call" and report.passed and path.endswith(".ipynb"):
+        passed_in.add(path)
 
 
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
     complete = HERE in {Path(config.invocation_params.dir, arg).resolve() for arg in config.args}
+    if hasattr(config, "workerinput"):  # one of several workers: only the process that gathers their reports can tell
+        return
     if not complete or not (config.option.nbval or config.option.nbval_lax) or config.option.keyword or config.option.collectonly:
         return
-    missing = sorted(p.name for p in notebooks() if not passed_in.get(p.name))
+    ran = {(config.rootpath / path).resolve() for path in passed_in}
+    missing = sorted(p.name for p in notebooks() - ran)
     if missing:
         session.exitstatus = 1
         reporter = config.pluginmanager.get_plugin("terminalreporter")

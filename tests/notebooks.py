@@ -2,6 +2,7 @@
 
     python tests/notebooks.py readme     write README.md from nbs/index.ipynb
     python tests/notebooks.py check      print what breaks a rule
+    python tests/notebooks.py run FILE   run a notebook from a fresh kernel and store its outputs
 """
 import ast
 import re
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 
 import nbformat
+from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from nbdev.clean import nbdev_clean
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,6 +156,14 @@ def write_readme() -> None:
         (NBS / name).write_bytes(data)
 
 
+def run(path: Path) -> None:
+    "Run a notebook from a fresh kernel in its folder; its outputs are stored when every cell passed."
+    nb = nbformat.read(path, as_version=4)
+    NotebookClient(nb, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    nbformat.write(nb, path)
+    nbdev_clean(str(path))
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["readme"]:
         write_readme()
@@ -161,5 +172,7 @@ if __name__ == "__main__":
         found = [f"{path.relative_to(ROOT)}: {what}" for path in all_notebooks() for what in problems(path, numbers)]
         print("\n".join(found) or f"{len(all_notebooks())} notebooks keep every rule")
         sys.exit(bool(found))
+    elif sys.argv[1:2] == ["run"] and len(sys.argv) == 3:
+        run(Path(sys.argv[2]).resolve())
     else:
         sys.exit(__doc__)

@@ -128,5 +128,6 @@ def test_a_run_that_leaves_a_notebook_out_fails(tmp_path):
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
         nbformat.write(nb, top / f"{name}.ipynb")
     command = [sys.executable, "-m", "pytest", "nbs", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0 and "no cell ran: 01_skipped.ipynb" in done.stdout, done.stdout
+    for workers in ([], ["-n", "2", "--dist", "loadfile"]):
+        done = subprocess.run(command + workers, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 0 and "no cell ran: 01_skipped.ipynb" in done.stdout, done.stdout
