@@ -1,16 +1,26 @@
 """Lets nbval check notebooks as nbdev keeps them, and fails a run in which a notebook was left out."""
+import functools
 import re
 from pathlib import Path
 
+from infotda.data import has_data
+
 HERE = Path(__file__).parent
 SKIP = re.compile(r"^\s*#\s*\|\s*(notest|gpu|eval:\s*false)\b", re.MULTILINE | re.IGNORECASE)
+LOADS = re.compile(r'load_data\(\\"(\w+)\\"')
 passed_in = set()  # notebooks of which a cell passed
+
+
+@functools.cache
+def lacks_data(path: Path) -> bool:
+    "Whether a figure or a tutorial loads a data set that is not on this machine; the numbered notebooks see to that themselves."
+    return path.parent != HERE and not all(has_data(name) for name in LOADS.findall(path.read_text(encoding="utf-8")))
 
 
 def pytest_itemcollected(item):
     if type(item).__name__ != "IPyNbCell":
         return
-    if SKIP.search(item.cell.source):
+    if SKIP.search(item.cell.source) or lacks_data(Path(item.path)):
         item.options["skip"] = True
     if item.cell.execution_count is None:  # cleaned away by nbdev; nbval would read it as "never run"
         item.cell.execution_count = 0
@@ -19,7 +29,8 @@ def pytest_itemcollected(item):
 
 def notebooks():
     "Every notebook that a complete run has to execute."
-    return {p for p in HERE.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(HERE).parts)}
+    visible = lambda p: not any(part.startswith((".", "_")) for part in p.relative_to(HERE).parts)
+    return {p for p in HERE.rglob("*.ipynb") if visible(p) and not lacks_data(p)}
 
 
 def pytest_runtest_logreport(report):
