@@ -254,7 +254,7 @@ def train_modules(
         params = {name: w - lr * (grads[name] + momentum * velocity[name]) for name, w in params.items()}
     return params, torch.cat([g.flatten(1) for g in gradient(params, seen).values()], dim=1).norm(dim=1)
 
-# %% ../nbs/32_lsi.ipynb #d642ed9f
+# %% ../nbs/32_lsi.ipynb #7d4a4e9b
 ENGINES = ("newton", "tangent", "retrain")
 STRUCTURES = {"diag": DiagInformation, "kfac": KFACInformation, "full": FullInformation}
 
@@ -266,7 +266,7 @@ class LSI:
         self,
         probe="linear", # "linear", or a module (n, d) -> (n, C), whose parameters are the start of training
         curvature: str = "diag", # structure of the precisions: "diag", "kfac" or "full"
-        prior_precision: float | None = None, # tau > 0; None: n * weight_decay, the prior that training implies
+        prior_precision: float | None = None, # tau > 0; None: n * weight_decay, the prior that training implies (not the evidence's choice, as in `LaplacePosterior`)
         weight_decay: float = 5e-4, # w, on all parameters, beside the mean loss
         loo: str = "newton", # "newton", "tangent" or "retrain"
         steps: int | None = None, # steps of descent; None: to the optimum (1000 for "tangent" and for modules)
