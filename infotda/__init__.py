@@ -2,11 +2,15 @@
 __version__ = "0.1.0"
 
 from infotda.attribution import Selection
-from infotda.data import Data, TextPairs, has_data, load_data
 from infotda.curvature import ggn
+from infotda.data import Data, TextPairs, has_data, load_data
+from infotda.evaluate import (Evaluation, Retrainer, backdoor_retrieval, brittleness, coreset_accuracy, lds, lds_truth, margin_change, mislabel_curve,
+                              plant_backdoor, support_size)
+from infotda.extractors import Extractor, extract_features, image_extractor, resnet18_extractor, text_extractor
 from infotda.features import Features, PassPlan, tangent_features
 from infotda.greedy import ApproxInfoGain, InfoGain, InfoLoss
 from infotda.guarantees import certified, greedy_certificate, weak_submodularity_bound
+from infotda.influence import EKFAC, GGNInfluence, RelatIF
 from infotda.jacobian import per_example_jacobian
 from infotda.joint import joint_information  # also gives the three rules their .select_joint
 from infotda.laplace import LaplacePosterior, kl_divergence
@@ -19,15 +23,23 @@ from infotda.onepass import SingletonInfoLoss, TopCovariance, relative_informati
 from infotda.outputs import Output, log_prob, logit, margin, token_log_prob, true_logit
 from infotda.pipeline import attribute
 from infotda.plot import plot_gains, plot_methods, selection_page
+from infotda.psmi import PSMI
+from infotda.record import bootstrap_interval
+from infotda.retrain import train_many
+from infotda.similarity import BM25, GradCos, GradDot, RandomAttribution, RepSim
 from infotda.sketch import Projector, split_half_reliability
 from infotda.store import FeatureStore, FeatureStoreMismatch
 from infotda.surrogate import info_gain, info_loss, posterior_variance
+from infotda.trak import TRAK
 
 __all__ = [
-    "ApproxInfoGain", "CIFAR10_RECIPE", "DIGITS_RECIPE", "Data", "FASHION_MNIST_RECIPE", "FeatureStore", "FeatureStoreMismatch",
-    "Features", "InfoGain", "InfoLoss", "LSI", "LaplacePosterior", "MLP", "Output", "PassPlan", "Projector", "Recipe", "ResNet9", "Selection", "SingletonInfoLoss",
-    "TextPairs", "TopCovariance", "accuracy", "attribute", "certified", "digits_mlp", "greedy_certificate", "ggn", "has_data", "info_gain", "info_loss",
-    "joint_information", "kl_divergence", "load_data", "log_prob", "logit", "lsi_gaussian", "margin", "ntk_factors", "paper_mlp", "per_example_jacobian", "plot_gains",
-    "plot_methods", "posterior_variance", "predict", "relative_information", "selection_page", "split_half_reliability", "tangent_features", "token_log_prob",
-    "train", "true_logit", "tune_noise", "weak_submodularity_bound",
+    "ApproxInfoGain", "BM25", "CIFAR10_RECIPE", "DIGITS_RECIPE", "Data", "EKFAC", "Evaluation", "Extractor", "FASHION_MNIST_RECIPE", "FeatureStore",
+    "FeatureStoreMismatch", "Features", "GGNInfluence", "GradCos", "GradDot", "InfoGain", "InfoLoss", "LSI", "LaplacePosterior", "MLP", "Output",
+    "PSMI", "PassPlan", "Projector", "RandomAttribution", "Recipe", "RelatIF", "RepSim", "ResNet9", "Retrainer", "Selection", "SingletonInfoLoss",
+    "TRAK", "TextPairs", "TopCovariance", "accuracy", "attribute", "backdoor_retrieval", "bootstrap_interval", "brittleness", "certified",
+    "coreset_accuracy", "digits_mlp", "extract_features", "ggn", "greedy_certificate", "has_data", "image_extractor", "info_gain", "info_loss",
+    "joint_information", "kl_divergence", "lds", "lds_truth", "load_data", "log_prob", "logit", "lsi_gaussian", "margin", "margin_change",
+    "mislabel_curve", "ntk_factors", "paper_mlp", "per_example_jacobian", "plant_backdoor", "plot_gains", "plot_methods", "posterior_variance",
+    "predict", "relative_information", "resnet18_extractor", "selection_page", "split_half_reliability", "support_size", "tangent_features",
+    "text_extractor", "token_log_prob", "train", "train_many", "true_logit", "tune_noise", "weak_submodularity_bound",
 ]
