@@ -30,7 +30,7 @@ from infotda.similarity import BM25, GradCos, GradDot, RandomAttribution, RepSim
 from infotda.sketch import Projector, split_half_reliability
 from infotda.store import FeatureStore, FeatureStoreMismatch
 from infotda.surrogate import info_gain, info_loss, posterior_variance
-from infotda.trak import TRAK
+from infotda.trak import TRAK, training_ridge
 
 __all__ = [
     "ApproxInfoGain", "BM25", "CIFAR10_RECIPE", "DIGITS_RECIPE", "Data", "EKFAC", "Evaluation", "Extractor", "FASHION_MNIST_RECIPE", "FeatureStore",
@@ -41,5 +41,5 @@ __all__ = [
     "joint_information", "kl_divergence", "lds", "lds_truth", "load_data", "log_prob", "logit", "lsi_gaussian", "margin", "margin_change",
     "mislabel_curve", "ntk_factors", "paper_mlp", "per_example_jacobian", "plant_backdoor", "plot_gains", "plot_methods", "posterior_variance",
     "predict", "relative_information", "resnet18_extractor", "selection_page", "split_half_reliability", "support_size", "tangent_features",
-    "text_extractor", "token_log_prob", "train", "train_many", "true_logit", "tune_noise", "weak_submodularity_bound",
+    "text_extractor", "token_log_prob", "train", "train_many", "training_ridge", "true_logit", "tune_noise", "weak_submodularity_bound",
 ]

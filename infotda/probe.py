@@ -332,7 +332,7 @@ def solve_small(KS: Tensor, b: Tensor) -> Tensor:
     "(I - K S)^{-1} b for a batch of small matrices."
     return torch.linalg.solve(torch.eye(KS.shape[-1], dtype=KS.dtype, device=KS.device) - KS, b[..., None])[..., 0]
 
-# %% ../nbs/09_probe.ipynb #3bc85009
+# %% ../nbs/09_probe.ipynb #c6337751
 def refine(
     removal: Removal, # the factored Hessian
     rows: Tensor, # (b,)
@@ -343,17 +343,18 @@ def refine(
 ) -> Tensor: # (b, D m)
     "Newton steps with the fixed leave-one-out Hessian until the leave-one-out gradient is at rounding."
     X, Q, (D, m) = removal.X, removal.Q, removal.beta.shape
-    delta, left, alpha, before = delta.clone(), torch.arange(len(rows), device=rows.device), 1.0, None
+    delta, left, alpha, before = delta.clone(), torch.arange(len(rows), device=rows.device), torch.ones_like(delta[:, 0]), None
+    longest = alpha
     for _ in range(max_iter):
         beta = removal.beta + delta[left].view(-1, D, m)
         grad = (Q.T @ (stacked_residuals(X, removal.y, Q @ beta, rows[left]) @ X) + removal.ridge * beta).flatten(1)
         if before is not None:
             step, old = before
             alpha = alpha * (step * old).sum(dim=1) / (step * (old - grad)).sum(dim=1) # alpha_t
-        step = solve_without(removal, grad, tuple(t[left] for t in opened))
-        delta[left] -= step if before is None else alpha[:, None] * step
-        going = ~(step.norm(dim=1) <= rtol * delta[left].norm(dim=1))
-        alpha, before, left = (torch.ones_like(grad[:, 0]) if before is None else alpha)[going], (step[going], grad[going]), left[going]
+        step, longest = solve_without(removal, grad, tuple(t[left] for t in opened)), torch.maximum(longest, alpha)
+        delta[left] -= alpha[:, None] * step
+        going = ~(longest * step.norm(dim=1) <= rtol * delta[left].norm(dim=1)) # where curvature is small, a short step hides a long way
+        alpha, longest, before, left = alpha[going], longest[going], (step[going], grad[going]), left[going]
         if not len(left):
             return delta
     for k in left.tolist(): # steps that do not settle: train this one from the start

@@ -48,8 +48,11 @@ def test_newton_is_retraining(case):
     fit = fit_probe(X, y, C, w)
     assert fit.converged
     found = gather(newton_loo(X, y, fit.theta, w, accuracy=0, progress=False))
-    truth = gather(retrain_loo(X, y, C, w, progress=False))
-    close(found, truth, rtol=1e-5, atol=1e-6 * float(truth.abs().max()))
+    for i, moved in enumerate(found):
+        keep = torch.arange(len(X)) != i
+        refit = fit_probe(X[keep], y[keep], C, w, tol=1e-14)
+        off = 2 * refit.grad_norm / w  # the objective is at least w-convex: so far may the refit itself be from its optimum
+        close(moved, refit.theta - fit.theta, rtol=1e-5, atol=1e-6 * float(found.abs().max()) + off)
 
 
 @slow
