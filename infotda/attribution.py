@@ -31,15 +31,16 @@ def check_record(
     if (ordered < 0).any() or (ordered[:, 1:] == ordered[:, :-1]).any():
         raise ValueError(problem("ranking", "different rows >= 0 for each query", "a negative or repeated row", "a set holds an example once."))
 
-# %% ../nbs/03_attribution.ipynb #35681683
+# %% ../nbs/03_attribution.ipynb #efa5c1eb
 @dataclass(frozen=True, eq=False)
 class Selection:
     "For each query, k training examples in greedy order, and the nats that each added to those before it."
     ranking: Tensor # (q, k) int64, rows of the training features
-    gains: Tensor # (q, k) float64, exact increments of the criterion in nats
+    gains: Tensor # (q, k) float64, exact increments of the criterion in nats; of a rival, the scores of the chosen
     method: str # the rule that chose
     noise_var: float | Tensor | None = None # sigma^2: one number, or one for each query (q,), None where the rule has none
     bound: Tensor | None = None # (q,) certificate of the run, where the rule gives one
+    unit: str = "nats" # of the gains; "score" where they are no information
 
     def __post_init__(self):
         object.__setattr__(self, "ranking", torch.as_tensor(self.ranking).detach().cpu().clone())
@@ -51,13 +52,13 @@ class Selection:
 
     @property
     def total(self) -> Tensor: # (q,) float64
-        "Nats of each query's whole set: the sum of its gains."
+        "Information of each query's whole set: the sum of its gains."
         return self.gains.sum(dim=1)
 
     def __repr__(self) -> str:
         q, k = self.ranking.shape
-        nats = self.total.mean().item() if q else 0.0
-        return f"Selection({self.method}: {q} queries × {k} examples, {nats:.4g} nats on average)"
+        mean = self.total.mean().item() if q else 0.0
+        return f"Selection({self.method}: {q} queries × {k} examples, {mean:.4g} {self.unit} on average)"
 
 # %% ../nbs/03_attribution.ipynb #4cf5441e
 def _indices(
@@ -196,7 +197,7 @@ def check_drawable(
     if not rows or not all(0 <= row < q for row in rows) or k < 1:
         raise ValueError(problem("rows and k", f"queries from 0 to {q - 1}, and k >= 1", f"rows={rows}, k={k}", "leave them out for the first eight queries and ten examples."))
 
-# %% ../nbs/03_attribution.ipynb #99f85d29
+# %% ../nbs/03_attribution.ipynb #76715668
 def _plot(
     self: Selection,
     train, # the training set the rows refer to
@@ -211,7 +212,7 @@ def _plot(
     fig, axes = plt.subplots(len(rows), k + 1, figsize=(0.85 * (k + 1), 1.2 * len(rows)), squeeze=False)
     for row, line in zip(rows, axes):
         draw_row(line, self, row, train, queries)
-    fig.suptitle(f"{self.method}: nats added at each step", fontsize=9)
+    fig.suptitle(f"{self.method}: {self.unit} added at each step", fontsize=9)
     fig.tight_layout(pad=0.3)
     return fig
 

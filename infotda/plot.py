@@ -63,7 +63,7 @@ def gain_curve(
     spread = totals.std(dim=0) if len(totals) > 1 else torch.full_like(totals[0], torch.nan)
     return totals.mean(dim=0), spread / len(totals) ** 0.5
 
-# %% ../nbs/51_plot.ipynb #a8c49bf1
+# %% ../nbs/51_plot.ipynb #9845970c
 def plot_gains(
     selections: dict[str, Selection], # name -> selection
     ax=None, # matplotlib axes; None for a new figure
@@ -76,7 +76,7 @@ def plot_gains(
         (line,) = ax.plot(steps, mean, label=name)
         if len(selection) > 1:
             ax.fill_between(steps, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
-    ax.set(xlabel="examples in the set", ylabel="information (nats)", xlim=(1, None), ylim=(0, None))
+    ax.set(xlabel="examples in the set", ylabel=" or ".join(sorted({f"information ({s.unit})" if s.unit == "nats" else s.unit for s in selections.values()})), xlim=(1, None), ylim=(0, None))
     ax.legend(frameon=False, fontsize=8)
     return ax.figure
 
@@ -120,7 +120,7 @@ def totals_table(
     rows = [f"<tr><td>{html.escape(name)}</td><td>{s.ranking.shape[1]}</td><td>{s.total.mean().item():.4g}</td></tr>" for name, s in selections.items()]
     return f"<table>{head}{''.join(rows)}</table>"
 
-# %% ../nbs/51_plot.ipynb #67f0e2be
+# %% ../nbs/51_plot.ipynb #82b6cfb3
 def selection_page(
     selections: dict[str, Selection], # name -> selection, all for the same queries
     train, # the training set the rows refer to
@@ -137,8 +137,8 @@ def selection_page(
         body += [f"<h2>Query {row}</h2>", f'<div class="strip">{tile(queries, row, "query", "query")}</div>']
         for name, s in selections.items():
             steps = zip(s.ranking[row, :k].tolist(), s.gains[row, :k].tolist())
-            tiles = [tile(train, i, f"{rank}. row {i}: {nats:.3g} nats") for rank, (i, nats) in enumerate(steps, 1)]
-            body.append(f'<h3>{html.escape(name)}: {s.total[row].item():.4g} nats</h3><div class="strip">{"".join(tiles)}</div>')
+            tiles = [tile(train, i, f"{rank}. row {i}: {gain:.3g} {s.unit}") for rank, (i, gain) in enumerate(steps, 1)]
+            body.append(f'<h3>{html.escape(name)}: {s.total[row].item():.4g} {s.unit}</h3><div class="strip">{"".join(tiles)}</div>')
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>'
 

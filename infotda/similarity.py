@@ -20,7 +20,7 @@ from .outputs import call_model, map_batch
 from .philox import MASK, philox4x32
 from .sources import as_source
 
-# %% ../nbs/40_similarity.ipynb #7b9ef4b6
+# %% ../nbs/40_similarity.ipynb #df929344
 class ScoreAttributor:
     "A method that gives each pair of training example and query a score; positive supports the query."
 
@@ -41,7 +41,7 @@ class ScoreAttributor:
         scores = self.attribute(queries)
         mask = as_candidates(candidates, scores.shape[1], self.n_examples_, k)
         ranking = top_k(scores, k, mask)
-        return Selection(ranking, scores.T.cpu().gather(1, ranking), type(self).__name__)
+        return Selection(ranking, scores.T.cpu().gather(1, ranking), type(self).__name__, unit="score")
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.endswith("_") and isinstance(value, (int, float, str, bool, type(None))))
