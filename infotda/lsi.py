@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'STRUCTURES', 'logit_change', 'leave_one_out_probs', 'diagonal_change', 'Information', 'DiagInformation',
-           'kronecker_removal', 'KFACInformation', 'FullInformation', 'train_modules', 'LSI', 'check_settings',
-           'is_linear', 'linear_engine', 'score_linear', 'score_module', 'curvature_kl', 'lsi_gaussian']
+           'kronecker_removal', 'KFACInformation', 'FullInformation', 'relu_stack_gradient', 'descend', 'train_modules',
+           'LSI', 'check_settings', 'is_linear', 'linear_engine', 'score_linear', 'score_module', 'curvature_kl',
+           'lsi_gaussian']
 
-# %% ../nbs/32_lsi.ipynb #b869ac45
+# %% ../nbs/32_lsi.ipynb #e51b0034
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .core import as_features, as_indices, chol_solve, cholesky, fast_product, p
 from .curvature import DiagCurvature, FullCurvature, KFACCurvature, ggn
 from .laplace import LaplacePosterior, as_prior_precision, kl_diagonal, kl_full, kl_kfac, stein_loss
 from .probe import FittedProbe, as_classes, contrasts, fit_probe, hessian, initial_probe, newton_loo, path_segments, portions, retrain_loo, tangent_loo, train_steps, with_bias
+from .retrain import linear_stack
 
 # %% ../nbs/32_lsi.ipynb #cc346be1
 def logit_change(
@@ -226,7 +228,54 @@ class FullInformation(Information):
         precision = hessian(X, (X @ theta.T).softmax(dim=1), self.Q, self.tau)
         return kl_full(torch.zeros_like(shift), self.precision, shift, precision)
 
-# %% ../nbs/32_lsi.ipynb #9f3783b5
+# %% ../nbs/32_lsi.ipynb #d3c710d7
+def relu_stack_gradient(
+    module: nn.Module, # linear layers with ReLU between them
+    X: Tensor, # (n, d) features
+    y: Tensor, # (n,) labels
+    weight_decay: float, # w
+) -> Callable | None: # (params (b, *shape) by name, seen (b, n)) -> gradients by name; None for a module of another kind
+    "The gradient of many copies of a small network, by products of matrices."
+    if (found := linear_stack(module)) is None:
+        return None
+    inputs, (weights, biases) = found[0](X).detach(), ([name + kind for name in found[1]] for kind in ("weight", "bias"))
+    classes = len(module.state_dict()[weights[-1]])
+    Y = nn.functional.one_hot(y, classes).T.to(X.dtype)
+
+    def gradient(params, seen):
+        W, A, G = [params[name] for name in weights], [inputs.T], {}
+        for l, w in enumerate(W):
+            z = torch.bmm(w, A[l]) if l else (w.flatten(0, 1) @ inputs.T).view(len(w), -1, len(X))
+            z = z.add_(params[biases[l]][..., None]) if biases[l] in params else z
+            A.append(z.relu_() if l + 1 < len(W) else z)
+        delta = A.pop().softmax(dim=1).sub_(Y).mul_((seen / seen.sum(dim=1, keepdim=True))[:, None])
+        for l in reversed(range(len(W))):
+            G[biases[l]] = delta.sum(dim=2)
+            G[weights[l]] = torch.bmm(delta, A[l].mT) if l else (delta.flatten(0, 1) @ inputs).view_as(W[0])
+            delta = torch.bmm(W[l].mT, delta).mul_(A[l] > 0) if l else None
+        return {name: G[name].add_(w, alpha=weight_decay) for name, w in params.items()}
+
+    return gradient
+
+# %% ../nbs/32_lsi.ipynb #2a80dbc0
+def descend(
+    gradient: Callable, # (params, seen) -> gradients by name
+    start: dict[str, Tensor], # name -> parameter
+    seen: Tensor, # (b, n) weight of each example for each copy
+    steps: int, # of full-batch descent
+    lr: float, # eta
+    momentum: float, # beta, Nesterov
+) -> tuple[dict[str, Tensor], Tensor]: # name -> (b, *shape), and the gradient's length (b,) at the end
+    "Nesterov descent of many copies from one start."
+    params = {name: w.detach().expand(len(seen), *w.shape).contiguous() for name, w in start.items()}
+    velocity = {name: torch.zeros_like(w) for name, w in params.items()}
+    for _ in range(steps):
+        grads = gradient(params, seen)
+        velocity = {name: momentum * velocity[name] + g for name, g in grads.items()}
+        params = {name: w - lr * (grads[name] + momentum * velocity[name]) for name, w in params.items()}
+    return params, torch.cat([g.flatten(1) for g in gradient(params, seen).values()], dim=1).norm(dim=1)
+
+# %% ../nbs/32_lsi.ipynb #1fb86659
 def train_modules(
     module: nn.Module, # the start; not changed
     X: Tensor, # (n, d) features
@@ -238,21 +287,17 @@ def train_modules(
     momentum: float = 0.9, # beta, Nesterov
 ) -> tuple[dict[str, Tensor], Tensor]: # name -> (b, *shape), and the gradient's length (b,) at the end
     "Train copies of a module side by side, each without one example."
-    seen = (torch.arange(len(X), device=X.device) != rows[:, None]).to(X.dtype)
-
     def loss(params, weights):
         z = functional_call(module, params, (X,)).T # classes first: long rows are faster
         each = z.logsumexp(dim=0) - z.gather(0, y[None])[0] # cross-entropy
         return (weights * each).sum() / weights.sum() + weight_decay / 2 * sum(w.square().sum() for w in params.values())
 
-    gradient = vmap(grad(loss))
-    params = {name: w.detach().expand(len(rows), *w.shape).contiguous() for name, w in module.named_parameters()}
-    velocity = {name: torch.zeros_like(w) for name, w in params.items()}
-    for _ in range(steps):
-        grads = gradient(params, seen)
-        velocity = {name: momentum * velocity[name] + g for name, g in grads.items()}
-        params = {name: w - lr * (grads[name] + momentum * velocity[name]) for name, w in params.items()}
-    return params, torch.cat([g.flatten(1) for g in gradient(params, seen).values()], dim=1).norm(dim=1)
+    start, written_out = dict(module.named_parameters()), relu_stack_gradient(module, X, y, weight_decay)
+    units = sum(len(w) for w in start.values() if w.ndim == 2)
+    size = len(rows) if written_out is None else max(1, 2**18 // (len(X) * units))
+    seen = (torch.arange(len(X), device=X.device) != rows[:, None]).to(X.dtype)
+    done = [descend(written_out or vmap(grad(loss)), start, part, steps, lr, momentum) for part in seen.split(size)]
+    return {name: torch.cat([params[name] for params, _ in done]) for name in start}, torch.cat([norm for _, norm in done])
 
 # %% ../nbs/32_lsi.ipynb #7d4a4e9b
 ENGINES = ("newton", "tangent", "retrain")
