@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'RESNET18_FILE', 'as_vectors', 'inputs_of', 'how_many', 'Extractor', 'text_source',
-           'examples_of', 'TextHash', 'hash_examples', 'code_record', 'class_record', 'plain_values', 'module_record',
-           'transform_record', 'feature_record', 'record_key', 'check_alone', 'compute_features', 'write_cached',
-           'read_cached', 'extract_features', 'PictureTransform', 'has_package', 'optional_package', 'LiteTrunk',
-           'image_extractor', 'resnet18_extractor', 'Tokens', 'SentenceTrunk', 'text_extractor']
+           'examples_of', 'TextHash', 'hash_examples', 'code_record', 'class_record', 'plain_value', 'plain_values',
+           'module_record', 'transform_record', 'feature_record', 'record_key', 'check_alone', 'compute_features',
+           'write_cached', 'read_cached', 'extract_features', 'PictureTransform', 'has_package', 'optional_package',
+           'LiteTrunk', 'image_extractor', 'resnet18_extractor', 'Tokens', 'SentenceTrunk', 'text_extractor']
 
 # %% ../nbs/16_extractors.ipynb #48284630
 import copy
@@ -162,7 +162,7 @@ def hash_examples(
         total.update(batch)
     return total.hexdigest()
 
-# %% ../nbs/16_extractors.ipynb #9863588b
+# %% ../nbs/16_extractors.ipynb #4d0a4013
 def code_record(
     code: CodeType, # compiled
 ) -> list: # plain JSON
@@ -180,12 +180,27 @@ def class_record(
     return [f"{cls.__module__}.{cls.__qualname__}", [[where, name, code_record(f.__code__)] for where, name, f in functions]]
 
 
+def plain_value(
+    v, # any value
+): # plain JSON, or None where it has no such form
+    "A number, a string, a function by its code or name, or a collection of these."
+    if isinstance(v, (tuple, list, dict)):
+        parts = [plain_value(x) for x in (sorted(v.items(), key=str) if isinstance(v, dict) else v)]
+        return None if None in parts else parts
+    if v is None or isinstance(v, (bool, int, float, str)):
+        return repr(v)
+    if isinstance(v, nn.Module) or not callable(v):
+        return None
+    return code_record(v.__code__) if hasattr(v, "__code__") else f"{getattr(v, '__module__', '')}.{getattr(v, '__qualname__', type(v).__qualname__)}"
+
+
 def plain_values(
     thing, # any object
-) -> dict: # attribute -> text
-    "The attributes of an object that are numbers, strings, or tuples and lists of them."
-    simple = lambda v: v is None or isinstance(v, (bool, int, float, str)) or isinstance(v, (tuple, list)) and all(map(simple, v))
-    return {name: repr(v) for name, v in sorted(getattr(thing, "__dict__", {}).items()) if simple(v)}
+) -> dict: # attribute -> plain JSON
+    "The attributes of an object that have a plain form; those that PyTorch gives every module are left out, but for `training`."
+    given = vars(nn.Module()).keys() - {"training"}
+    found = {name: plain_value(v) for name, v in sorted(getattr(thing, "__dict__", {}).items()) if name not in given}
+    return {name: v for name, v in found.items() if v is not None}
 
 # %% ../nbs/16_extractors.ipynb #30bd98ff
 def module_record(

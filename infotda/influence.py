@@ -6,7 +6,7 @@
 __all__ = ['curvature_rows', 'damped_products', 'GGNInfluence', 'load_kronfluence', 'influence_task', 'as_dataset',
            'factor_record', 'claim_folder', 'private_run', 'EKFAC', 'RelatIF']
 
-# %% ../nbs/42_influence.ipynb #608cb513
+# %% ../nbs/42_influence.ipynb #c10e9691
 import contextlib
 import copy
 import gc
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from .core import as_queries, chol_solve, cholesky, problem
 from .curvature import root_column
+from .extractors import module_record
 from .features import tangent_features
 from .jacobian import check_ready, flatten_jacobian, param_shapes, per_example_jacobian
 from .outputs import as_output, call_model, class_logits, labels_of, map_batch, margin
@@ -131,7 +132,7 @@ def influence_task(
 
     return ClassificationTask()
 
-# %% ../nbs/42_influence.ipynb #c9985c83
+# %% ../nbs/42_influence.ipynb #6ac24488
 def as_dataset(
     data, # Dataset or (X, y)
 ) -> Dataset:
@@ -152,7 +153,7 @@ def factor_record(
     total = DataHash()
     for batch in as_source(data).read(1024):
         total.update(batch)
-    return {"weights": hash_weights(model), "data": total.hexdigest(), "n": len(data), "seed": seed}
+    return {"weights": hash_weights(model), "module": module_record(model), "data": total.hexdigest(), "n": len(data), "seed": seed}
 
 
 def claim_folder(

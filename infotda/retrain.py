@@ -8,7 +8,7 @@ __all__ = ['ORDERS', 'FIXED', 'as_masks', 'epoch_batches', 'check_finite', 'retr
            'RetrainCacheMismatch', 'row_key', 'check_manifest', 'RetrainCache', 'Retrained', 'as_seeds',
            'starting_points', 'describe_plan', 'split_blocks', 'make_plan', 'train_missing', 'train_many']
 
-# %% ../nbs/17_retrain.ipynb #073047e4
+# %% ../nbs/17_retrain.ipynb #ece32394
 import copy
 import hashlib
 import json
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from .core import as_indices, pick_device, problem, progress_bar
 from .data import Data
+from .extractors import code_record, module_record, record_key
 from .models import MLP, Normalize, Recipe, Stack, _inputs, _labels, flip_crop, predict, private_rng
 from .store import DataHash, first_difference, hash_weights, write_durably
 
@@ -425,7 +426,7 @@ def starting_points(
         points = {seed: model(seed) for seed in dict.fromkeys(seeds)}
     return {seed: point.to(pick_device(device, point)) for seed, point in points.items()}
 
-# %% ../nbs/17_retrain.ipynb #bd7af647
+# %% ../nbs/17_retrain.ipynb #b1e1cf98
 def describe_plan(
     plan: RetrainPlan,
     points: dict[int, nn.Module], # where each seed starts
@@ -434,12 +435,14 @@ def describe_plan(
     "The manifest of an experiment."
     if callable(plan.outputs):
         kept = f"{getattr(outputs, '__module__', '')}.{getattr(outputs, '__qualname__', type(outputs).__name__)}"
+        body = record_key({"code": code_record(outputs.__code__)})[:16] if hasattr(outputs, "__code__") else ""
         if "<lambda>" in kept:
             raise ValueError(problem("outputs", "a function with a name, to be cached", "a lambda", "define it with def, or leave cache away."))
+        kept = f"{kept} {body}".strip()
     else:
         kept = DataHash().update(plan.outputs).hexdigest()
     return {
-        "format": 1, "seeds": sorted(points), "start": {str(seed): hash_weights(model) for seed, model in sorted(points.items())},
+        "format": 1, "module": module_record(next(iter(points.values()))), "seeds": sorted(points), "start": {str(seed): hash_weights(model) for seed, model in sorted(points.items())},
         "data": DataHash().update((plan.x, plan.y)).hexdigest(), "recipe": asdict(plan.recipe), "order": plan.order, "outputs": kept,
         "weights": plan.weights, "device": plan.x.device.type, "amp": plan.amp,
     }

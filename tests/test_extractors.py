@@ -198,3 +198,22 @@ def test_a_gpu_gives_the_same_features():
     X = features(extractor, data)
     assert_close(features(extractor, data, device="cuda"), X, rtol=1e-3, atol=1e-4)
     assert next(extractor.module.parameters()).device.type == "cpu"
+
+
+class Curved(nn.Module):
+    "A layer whose function is an attribute."
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.options = function, {"scale": 2.0}
+
+    def forward(self, x):
+        return self.options["scale"] * self.function(x)
+
+
+def test_a_function_or_a_dictionary_in_a_layer_belongs_to_the_key(tmp_path):
+    data, layers = pictures(), [Curved(torch.relu), Curved(torch.tanh), Curved(torch.relu)]
+    layers[2].options["scale"] = 3.0
+    nets = [nn.Sequential(net(), layer) for layer in layers]
+    for network in nets:
+        assert_close(features(Extractor(network), data, tmp_path), features(Extractor(network), data))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3

@@ -181,3 +181,14 @@ def test_mixed_precision_learns_what_full_precision_learns():
     runs = [train_many(ResNet9(classes=4), data, masks, Recipe(epochs=4, lr=0.1, batch_size=64), outputs=data, amp=amp, device="cuda", progress=False).outputs for amp in (False, True)]
     for logits in runs:
         assert (logits.argmax(dim=2) == y).double().mean() > 0.95
+
+
+def test_a_cache_knows_the_architecture(tmp_path):
+    data, recipe = mixture(20, 4, 3), Recipe(epochs=2, batch_size=10)
+    masks, nets = torch.ones(1, 20, dtype=torch.bool), []
+    for activation in (nn.ReLU, nn.Tanh):  # the same weights at the start
+        torch.manual_seed(0)
+        nets.append(nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3)).double())
+    train_many(nets[0], data, masks, recipe, outputs=data.x, cache=tmp_path, progress=False)
+    with pytest.raises(RetrainCacheMismatch, match="module"):
+        train_many(nets[1], data, masks, recipe, outputs=data.x, cache=tmp_path, progress=False)
