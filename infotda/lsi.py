@@ -275,7 +275,7 @@ def descend(
         params = {name: w - lr * (grads[name] + momentum * velocity[name]) for name, w in params.items()}
     return params, torch.cat([g.flatten(1) for g in gradient(params, seen).values()], dim=1).norm(dim=1)
 
-# %% ../nbs/32_lsi.ipynb #1fb86659
+# %% ../nbs/32_lsi.ipynb #69ffc4f6
 def train_modules(
     module: nn.Module, # the start; not changed
     X: Tensor, # (n, d) features
@@ -294,7 +294,7 @@ def train_modules(
 
     start, written_out = dict(module.named_parameters()), relu_stack_gradient(module, X, y, weight_decay)
     units = sum(len(w) for w in start.values() if w.ndim == 2)
-    size = len(rows) if written_out is None else max(1, 2**18 // (len(X) * units))
+    size = len(rows) if written_out is None else max(1, 2**17 // (len(X) * units))
     seen = (torch.arange(len(X), device=X.device) != rows[:, None]).to(X.dtype)
     done = [descend(written_out or vmap(grad(loss)), start, part, steps, lr, momentum) for part in seen.split(size)]
     return {name: torch.cat([params[name] for params, _ in done]) for name in start}, torch.cat([norm for _, norm in done])
