@@ -11,7 +11,7 @@ from infotda.core import expect_error
 from infotda.data import has_data, load_data
 from infotda.laplace import kl_diagonal, kl_full, kl_kfac
 from infotda.lsi import LSI, STRUCTURES, FullInformation, KFACInformation, lsi_gaussian
-from infotda.probe import as_classes, contrasts, fit_probe, initial_probe, newton_loo, path_segments, retrain_loo, tangent_loo, train_steps, with_bias
+from infotda.probe import as_classes, contrasts, fit_probe, initial_probe, newton_loo, path_segments, residuals, retrain_loo, tangent_loo, train_steps, with_bias
 
 close = torch.testing.assert_close
 gather = lambda blocks: torch.cat([delta for _, delta in blocks])
@@ -51,7 +51,10 @@ def test_newton_is_retraining(case):
     for i, moved in enumerate(found):
         keep = torch.arange(len(X)) != i
         refit = fit_probe(X[keep], y[keep], C, w, tol=1e-14)
-        off = 2 * refit.grad_norm / w  # the objective is at least w-convex: so far may the refit itself be from its optimum
+        _, resid = residuals(X[keep], y[keep], fit.theta + moved)
+        grad = (resid.T @ X[keep] / (len(X) - 1) + w * (fit.theta + moved)).norm().item()
+        assert grad <= 1e-7 * X.square().sum(dim=1).mean().sqrt().item()
+        off = 2 * (grad + refit.grad_norm) / w  # the objective is at least w-convex: so far may both be from the optimum
         close(moved, refit.theta - fit.theta, rtol=1e-5, atol=1e-6 * float(found.abs().max()) + off)
 
 
