@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LANE', 'squares', 'RowKernel', 'RowColumns', 'take_out', 'GramKernel', 'to_gram', 'GramColumns', 'Scores',
-           'drop_rows', 'rows_above', 'product_error', 'Rounding', 'finalists', 'rescore', 'copies', 'choose', 'greedy',
-           'increments', 'Plan', 'plan']
+           'drop_rows', 'rows_above', 'product_error', 'Rounding', 'finalists', 'rescore', 'choose', 'copy_groups',
+           'lowest_copy', 'greedy', 'increments', 'Plan', 'plan']
 
 # %% ../nbs/19_elimination.ipynb #0ac815f4
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .core import cholesky, fast_product, first_max, problem
 
-# %% ../nbs/19_elimination.ipynb #15de600e
+# %% ../nbs/19_elimination.ipynb #62acd916
 def squares(
     X: Tensor, # (t, r) float64
 ) -> Tensor: # (t, t)
@@ -33,8 +33,7 @@ class RowKernel:
     noise: float = 0.0 # a lower bound of all later denominators; 0 if none is known
     sign: int = 1 # +1 or -1
     exact: Callable | None = None # row numbers -> float64 rows, where `rows` is rounded
-    given: Tensor | None = None # what the user gave, to recognise copies; None: rows
-    place: Tensor | None = None # (n,) where these rows stand in `given`; None: in the same order
+    twin: Tensor | None = None # (n,) from `copy_groups` of what the user gave; None: no two rows are copies
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,8 +57,8 @@ class RowKernel:
     def restrict(self, pool: Tensor, start: Tensor) -> tuple["RowKernel", Tensor]: # the pool's kernel, and its queries
         "The same matrix for the rows of a pool."
         exact = None if self.exact is None else lambda i: self.exact(pool[i])
-        given = self.rows if self.given is None else self.given
-        return RowKernel(self.rows[pool], self.diag[pool], self.norms[pool], self.noise, self.sign, exact, given, pool), start
+        twin = None if self.twin is None else self.twin[pool]
+        return RowKernel(self.rows[pool], self.diag[pool], self.norms[pool], self.noise, self.sign, exact, twin), start
 
 # %% ../nbs/19_elimination.ipynb #a6e2391a
 class RowColumns:
@@ -105,7 +104,7 @@ def take_out(
         u_i.addmv_(U_i.T, ls[-1], alpha=-1)
     return u, torch.stack(ls).double()
 
-# %% ../nbs/19_elimination.ipynb #cf3ffda5
+# %% ../nbs/19_elimination.ipynb #785de615
 @dataclass(eq=False)
 class GramKernel:
     "A positive definite matrix known by its entries: G = rows off the diagonal, G_ii = diag_i."
@@ -114,8 +113,7 @@ class GramKernel:
     norms: Tensor # (n,) float64, the root of rows_ii
     noise: float = 0.0 # a lower bound of all later denominators; 0 if none is known
     source: RowKernel | None = None # the kernel it was computed from, which decides in float64
-    given: Tensor | None = None # what the user gave, to recognise copies; None: rows
-    place: Tensor | None = None # (n,) where these rows stand in `given`; None: in the same order
+    twin: Tensor | None = None # (n,) from `copy_groups` of what the user gave; None: no two rows are copies
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,8 +132,8 @@ class GramKernel:
 
     def restrict(self, pool: Tensor, start: Tensor) -> tuple["GramKernel", Tensor]: # the pool's kernel, and its queries
         "The same matrix for the rows of a pool."
-        given = self.rows if self.given is None else self.given
-        return GramKernel(self.rows[pool[:, None], pool], self.diag[pool], self.norms[pool], self.noise, None, given, pool), start[:, pool]
+        twin = None if self.twin is None else self.twin[pool]
+        return GramKernel(self.rows[pool[:, None], pool], self.diag[pool], self.norms[pool], self.noise, None, twin), start[:, pool]
 
 
 def to_gram(
@@ -147,7 +145,7 @@ def to_gram(
     for lo in range(0, len(rows), 1024):                                # one triangle, mirrored
         strip = fast_product(rows[lo:lo + 1024], rows[lo:])
         G[lo:lo + 1024, lo:], G[lo:, lo:lo + 1024] = strip, strip.T
-    return GramKernel(G if kernel.sign == 1 else G.neg_(), kernel.diag, kernel.norms, kernel.noise, kernel, kernel.given, kernel.place)
+    return GramKernel(G if kernel.sign == 1 else G.neg_(), kernel.diag, kernel.norms, kernel.noise, kernel, kernel.twin)
 
 # %% ../nbs/19_elimination.ipynb #84a41f26
 class GramColumns:
@@ -299,7 +297,7 @@ def finalists(
     keep = h * (1 + slack) + shift >= least[query]
     return query[keep], row[keep], sure
 
-# %% ../nbs/19_elimination.ipynb #b61d7f52
+# %% ../nbs/19_elimination.ipynb #fd878473
 def rescore(
     kernel, # RowKernel or GramKernel
     start: Tensor, # (r,) one query
@@ -314,18 +312,7 @@ def rescore(
     c, den = s_F - y[:, :-1].T @ y[:, -1], kernel.diag[F] - y[:, :-1].square().sum(dim=0)
     return torch.where(c.square() > 1e-24 * var * den, c.square() / den if exact else c.square(), 0.0)
 
-
-def copies(
-    kernel, # RowKernel or GramKernel
-    F: Tensor, # rows
-    j: Tensor, # one of them
-) -> Tensor: # bool (len(F),)
-    "Which of the rows F are exact copies of row j in what the user gave."
-    given = kernel.rows if kernel.given is None else kernel.given
-    F, j = (F, j) if kernel.place is None else (kernel.place[F], kernel.place[j])
-    return (given[F] == given[j]).all(dim=1)
-
-# %% ../nbs/19_elimination.ipynb #b3188747
+# %% ../nbs/19_elimination.ipynb #62a5c78b
 def choose(
     kernel, # RowKernel or GramKernel
     start: Tensor, # (q, r) queries
@@ -341,11 +328,37 @@ def choose(
     j = row[(end - count).clamp(max=len(row) - 1)]
     for i in (count > 1).nonzero().flatten().tolist():
         F = row[end[i] - count[i]:end[i]]
-        best = F[first_max(rescore(kernel, start[i], S[i], F, exact, var[i]))]
-        j[i] = F[copies(kernel, F, best)][0]
+        j[i] = F[first_max(rescore(kernel, start[i], S[i], F, exact, var[i]))]
     return j
 
-# %% ../nbs/19_elimination.ipynb #09e32661
+# %% ../nbs/19_elimination.ipynb #cfd8e325
+def copy_groups(
+    X: Tensor, # (n, m) rows, floating point
+) -> Tensor | None: # (n,) int64: rows with the same number of at least 0 are exact copies, -1 has none; None: no copies at all
+    "Number the groups of exact copies among the rows."
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[X.element_size()]
+    odd = torch.randint(-2**62, 2**62, X.shape[1:], generator=torch.Generator().manual_seed(0)).to(X.device) * 2 + 1
+    parts = X.split(max(1, 2**18 // X.shape[1]))
+    hashed = torch.cat([((part + 0.0).contiguous().view(whole).long() * odd).sum(dim=1) for part in parts]) # + 0.0: -0.0 becomes 0.0
+    _, group, count = hashed.unique(return_inverse=True, return_counts=True)
+    return torch.where(count[group] > 1, group, -1) if count.max() > 1 else None
+
+
+def lowest_copy(
+    twin: Tensor | None, # (n,) from `copy_groups`
+    scores: "Scores", # the state of the search: which rows may still be chosen
+    j: Tensor, # (q,) the choice of each query
+) -> Tensor: # (q,) rows
+    "Of the copies of a choice that may still be chosen, the lowest."
+    if twin is None:
+        return j
+    j, block = j.clone(), scores.den.shape[2]
+    for i in (twin[j] >= 0).nonzero().flatten().tolist():
+        same = (twin == twin[j[i]]).nonzero().flatten()
+        j[i] = same[scores.den[same // block, i, same % block] < torch.inf][0]
+    return j
+
+# %% ../nbs/19_elimination.ipynb #ee98558a
 def greedy(
     kernel, # RowKernel or GramKernel: the matrix to eliminate
     start: Tensor, # (q, r) queries, float64
@@ -372,7 +385,7 @@ def greedy(
             break
         if dtype == torch.float64 and len(query.unique()) < len(start):
             raise ValueError(problem("G", "pivots that float64 can resolve", f"a breakdown at step {t + 1}", "raise noise_var."))
-        ranking[:, t] = choose(kernel, start, var, ranking[:, :t], query, row, exact)
+        ranking[:, t] = lowest_copy(kernel.twin, scores, choose(kernel, start, var, ranking[:, :t], query, row, exact))
         if t + 1 < k:
             drop_rows(scores, ranking[:, t])
             z, u = columns.add(ranking[:, t], t)

@@ -6,7 +6,7 @@
 __all__ = ['checked_rows', 'gain_kernel', 'loss_kernel', 'dual_loss_kernel', 'checked_gram', 'gram_kernel', 'pools_of',
            'InfoGain', 'ApproxInfoGain', 'InfoLoss']
 
-# %% ../nbs/22_greedy.ipynb #7c74c096
+# %% ../nbs/22_greedy.ipynb #0401b543
 import warnings
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .attribution import Selection
 from .core import (as_candidates, as_features, as_queries, cholesky, problem,
                           resolve_noise_var)
-from .elimination import GramKernel, RowKernel, greedy, increments, plan, to_gram
+from .elimination import GramKernel, RowKernel, copy_groups, greedy, increments, plan, to_gram
 from .surrogate import function_space_chol, singleton_gain, singleton_loss, weight_space_chol
 
 # %% ../nbs/22_greedy.ipynb #cada16cf
@@ -38,7 +38,7 @@ def checked_rows(
         raise ValueError(problem("Phi", "finite features", f"NaN or Inf in {len(bad)} row(s), first {bad[:5]}", "look at the gradients of these examples; nothing is replaced here."))
     return Phi, k_ii
 
-# %% ../nbs/22_greedy.ipynb #02b67ac5
+# %% ../nbs/22_greedy.ipynb #da1dbedc
 def gain_kernel(
     Phi: Tensor, # (n, m) training features
     k_ii: Tensor, # (n,) their squared norms, float64
@@ -48,9 +48,9 @@ def gain_kernel(
     def prepare(phi: Tensor) -> tuple[Tensor, Tensor]:
         phi = phi.to(Phi.device, torch.float64)
         return phi, phi.square().sum(dim=1)
-    return RowKernel(Phi, k_ii + noise_var, k_ii.sqrt(), noise_var), prepare
+    return RowKernel(Phi, k_ii + noise_var, k_ii.sqrt(), noise_var, twin=copy_groups(Phi)), prepare
 
-# %% ../nbs/22_greedy.ipynb #ef0be9fd
+# %% ../nbs/22_greedy.ipynb #cdac5279
 def loss_kernel(
     Phi: Tensor, # (n, m) training features
     k_ii: Tensor, # (n,) their squared norms, float64
@@ -73,9 +73,9 @@ def loss_kernel(
         start = solve(phi).contiguous()
         return start, start.square().sum(dim=1)
     exact = None if kind == torch.float64 else lambda i: solve(Phi[i]) / (noise_var * gap[i]).sqrt()[:, None]
-    return RowKernel(rows, torch.ones_like(gap), ((1 - gap) / gap).clamp(min=0).sqrt(), 0.0, -1, exact, Phi), prepare
+    return RowKernel(rows, torch.ones_like(gap), ((1 - gap) / gap).clamp(min=0).sqrt(), 0.0, -1, exact, copy_groups(Phi)), prepare
 
-# %% ../nbs/22_greedy.ipynb #941bf1e6
+# %% ../nbs/22_greedy.ipynb #48006a53
 def dual_loss_kernel(
     Phi: Tensor, # (n, m) training features
     noise_var: float, # sigma^2
@@ -92,9 +92,9 @@ def dual_loss_kernel(
         return start.T.contiguous(), residual.square().sum(dim=1) + noise_var * alpha.square().sum(dim=0)
     one, kind = torch.ones(len(rows)).to(chol), torch.promote_types(Phi.dtype, torch.float32)
     exact = None if kind == torch.float64 else lambda i: rows[i]
-    return RowKernel(rows.to(kind), one, one, 0.0, 1, exact, Phi), prepare
+    return RowKernel(rows.to(kind), one, one, 0.0, 1, exact, copy_groups(Phi)), prepare
 
-# %% ../nbs/22_greedy.ipynb #23ffc3c9
+# %% ../nbs/22_greedy.ipynb #f59025b4
 def checked_gram(
     K, # (n, n) Gram matrix: float tensor or numpy array
 ) -> Tensor: # (n, n) float64
@@ -120,7 +120,7 @@ def gram_kernel(
     "What a rule eliminates, from a Gram matrix."
     k_ii = K.diagonal().clamp(min=0)
     if not loss:
-        return GramKernel(K, k_ii + noise_var, k_ii.sqrt(), noise_var), lambda k_star, query_var: (k_star, query_var)
+        return GramKernel(K, k_ii + noise_var, k_ii.sqrt(), noise_var, twin=copy_groups(K)), lambda k_star, query_var: (k_star, query_var)
     chol = cholesky(K + noise_var * torch.eye(len(K)).to(K), "K + noise_var I")
     G = noise_var**2 * torch.cholesky_inverse(chol)
     root, one = G.diagonal().sqrt(), torch.ones_like(k_ii)
@@ -128,7 +128,7 @@ def gram_kernel(
         half = torch.linalg.solve_triangular(chol, k_star.T, upper=False)
         cov = noise_var * torch.linalg.solve_triangular(chol.T, half, upper=True)
         return (cov.T / root).contiguous(), query_var - half.square().sum(dim=0)
-    return GramKernel(G / root[:, None] / root, one, one, given=K), prepare
+    return GramKernel(G / root[:, None] / root, one, one, twin=copy_groups(K)), prepare
 
 # %% ../nbs/22_greedy.ipynb #30c27ae0
 def pools_of(

@@ -89,6 +89,19 @@ def test_equals_brute_force(rule, case):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_lowest_of_copies_at_extreme_leverage(rule):
+    "Two copies as the whole training set: the dual form computes their scores with different rounding."
+    gen = torch.Generator().manual_seed(0)
+    rows = torch.cat([torch.tensor([[0.6614, 0.2669]]), torch.randn(300, 2, generator=gen)])
+    asks = torch.cat([torch.tensor([[-0.4519, -0.1661]]), torch.randn(300, 2, generator=gen)])
+    for row, ask in zip(rows, asks):
+        noise_var = 1e-5 * row.double().square().sum().item()
+        for dtype in (torch.float32, torch.float64):
+            rule_ = RULES[rule](noise_var).fit(row.expand(2, 2).to(dtype).contiguous())
+            assert rule_.select(ask[None].to(dtype), 2).ranking.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_float32_equals_float64(rule):
     gen = torch.Generator().manual_seed(0)
     for n, m, rho in [(3000, 64, 1.0), (3000, 64, 0.01), (500, 300, 0.1), (100, 300, 1.0)]:
