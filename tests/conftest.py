@@ -1,6 +1,13 @@
 """Markers and fixtures that all tests share."""
+import os
+
 import pytest
 import torch
+from hypothesis import settings
+
+# `make test` draws the same cases each time, so that a red run means a changed program; INFOTDA_EXPLORE=1 draws new ones.
+settings.register_profile("same", derandomize=not os.environ.get("INFOTDA_EXPLORE"))
+settings.load_profile("same")
 
 
 def pytest_configure(config):
