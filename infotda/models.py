@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DIGITS_MEAN', 'DIGITS_STD', 'FASHION_MNIST_MEAN', 'FASHION_MNIST_STD', 'CIFAR10_MEAN', 'CIFAR10_STD',
            'FASHION_MNIST_RECIPE', 'CIFAR10_RECIPE', 'DIGITS_RECIPE', 'private_rng', 'Normalize', 'Stack', 'MLP',
-           'paper_mlp', 'digits_mlp', 'Residual', 'Scale', 'ResNet9', 'Recipe', 'flip_crop', 'predict', 'accuracy',
-           'TrainLog', 'train']
+           'paper_mlp', 'digits_mlp', 'Residual', 'Scale', 'ResNet9', 'Recipe', 'flip_crop', 'checked_inputs',
+           'checked_labels', 'predict', 'accuracy', 'TrainLog', 'train']
 
 # %% ../nbs/02_models.ipynb #b6aedb93
 import copy
@@ -251,8 +251,10 @@ def flip_crop(
     image = torch.arange(b, device=x.device)[:, None, None]
     return x[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/02_models.ipynb #c5cddb49
-def _inputs(data: Data | tuple | Tensor) -> Tensor:
+# %% ../nbs/02_models.ipynb #19e82309
+def checked_inputs(
+    data: Data | tuple | Tensor, # what to train on, or to predict
+) -> Tensor: # (n, ...) floating-point, finite
     "The checked inputs of a data set, a pair (x, y) or a plain tensor."
     x = data.x if isinstance(data, Data) else data[0] if isinstance(data, (tuple, list)) and data else data
     if not isinstance(x, Tensor):
@@ -267,8 +269,12 @@ def _inputs(data: Data | tuple | Tensor) -> Tensor:
         raise ValueError(problem("data", "finite inputs", f"NaN or Inf in {len(rows)} row(s), first {rows[:5]}", "look at these examples; nothing is replaced here."))
     return x
 
-# %% ../nbs/02_models.ipynb #a5b4d9fb
-def _labels(model: nn.Module, x: Tensor, data: Data | tuple) -> Tensor:
+# %% ../nbs/02_models.ipynb #4be174d8
+def checked_labels(
+    model: nn.Module, # which must have an output for each label
+    x: Tensor, # (n, ...) the inputs
+    data: Data | tuple, # where the labels are
+) -> Tensor: # (n,) int64
     "The checked labels: one for each row, and an output of the model for each of them."
     y = data.y if isinstance(data, Data) else data[1] if isinstance(data, (tuple, list)) and len(data) == 2 else None
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (len(x),):
@@ -309,7 +315,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/02_models.ipynb #3fe3069a
+# %% ../nbs/02_models.ipynb #f8359a71
 @torch.no_grad()
 def predict(
     model: nn.Module, # is run in evaluation mode, on its own device
@@ -317,7 +323,7 @@ def predict(
     batch_size: int = 512, # examples in each forward pass
 ) -> Tensor: # (n, C) logits, on the device of the data
     "The outputs of a model for all rows, in order."
-    x, param = _inputs(data), _home(model)
+    x, param = checked_inputs(data), _home(model)
     if not _is_number(batch_size, Integral) or batch_size < 1:
         raise ValueError(problem("batch_size", "a whole number, at least 1", repr(batch_size), "512 is a good start; it does not change the result."))
     with _evaluating(model):
@@ -330,7 +336,7 @@ def accuracy(
     batch_size: int = 512, # examples in each forward pass
 ) -> float: # 0 to 1
     "The share of rows whose largest logit is that of their label; ties go to the first class."
-    y = _labels(model, _inputs(data), data)
+    y = checked_labels(model, checked_inputs(data), data)
     logits = predict(model, data, batch_size)
     bad = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
     if bad:
@@ -425,7 +431,7 @@ def _check_last_batch(model: nn.Module, x: Tensor, batch_size: int) -> None:
             raise
         raise ValueError(problem("last batch of an epoch", "at least two examples, for batch normalisation", f"one ({len(x)} examples in batches of {batch_size})", "choose another batch_size, or leave one example out.")) from error
 
-# %% ../nbs/02_models.ipynb #e85f1ba6
+# %% ../nbs/02_models.ipynb #b080c7fc
 def train(
     model: nn.Module, # a classifier, changed in place; afterwards on `device` and in evaluation mode
     data: Data | tuple[Tensor, Tensor], # training set, or (x, y)
@@ -437,8 +443,8 @@ def train(
     **changes, # single fields of the recipe: epochs=5, lr=0.1, ...
 ) -> TrainLog:
     "Train by SGD with momentum on the mean cross-entropy; same seed and device, same weights. A failure leaves the model as it was."
-    recipe, x, param = _varied(recipe, changes), _inputs(data), _home(model)
-    device, y, n = pick_device(device, model), _labels(model, x, data), len(x)
+    recipe, x, param = _varied(recipe, changes), checked_inputs(data), _home(model)
+    device, y, n = pick_device(device, model), checked_labels(model, x, data), len(x)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(problem("model", "a parameter with requires_grad", "none", "call requires_grad_(True) on what is to be trained."))

@@ -8,7 +8,7 @@ __all__ = ['ORDERS', 'FIXED', 'as_masks', 'epoch_batches', 'check_finite', 'retr
            'RetrainCacheMismatch', 'row_key', 'check_manifest', 'RetrainCache', 'Retrained', 'as_seeds',
            'starting_points', 'describe_plan', 'split_blocks', 'make_plan', 'train_missing', 'train_many']
 
-# %% ../nbs/17_retrain.ipynb #ece32394
+# %% ../nbs/17_retrain.ipynb #5db39337
 import copy
 import hashlib
 import json
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .core import as_indices, pick_device, problem, progress_bar
 from .data import Data
 from .extractors import code_record, module_record, record_key
-from .models import MLP, Normalize, Recipe, Stack, _inputs, _labels, flip_crop, predict, private_rng
+from .models import MLP, Normalize, Recipe, Stack, checked_inputs, checked_labels, flip_crop, predict, private_rng
 from .store import DataHash, first_difference, hash_weights, write_durably
 
 # %% ../nbs/17_retrain.ipynb #46a7f6a4
@@ -461,20 +461,20 @@ def split_blocks(
     for (seed, _), rows in groups.items():
         yield from ((seed, rows[a : a + size]) for a in range(0, len(rows), size))
 
-# %% ../nbs/17_retrain.ipynb #6b09d8f8
+# %% ../nbs/17_retrain.ipynb #8eeaa574
 def make_plan(model, data, seeds, recipe, outputs, initial, order, weights, device, amp) -> tuple[RetrainPlan, dict[int, nn.Module]]:
     "Check what `train_many` was given, and put everything on the device."
     points = starting_points(model, seeds, initial, device)
     first = next(iter(points.values()))
-    param, x = next(first.parameters(), None), _inputs(data)
+    param, x = next(first.parameters(), None), checked_inputs(data)
     if param is None or not any(p.requires_grad for p in first.parameters()):
         raise ValueError(problem("model", "a classifier with parameters that are trained", type(first).__name__, "call requires_grad_(True) on what is to be trained."))
     if order not in ORDERS:
         raise ValueError(problem("order", f"one of {ORDERS}", repr(order), "'same' keeps the batches of the full training, 'own' shuffles each subset."))
     if amp and param.device.type != "cuda":
         raise ValueError(problem("amp", "a CUDA device", param.device.type, "mixed precision is for GPUs; leave it off here."))
-    y = _labels(first, x, data).to(param.device)
-    queries = outputs if callable(outputs) and not isinstance(outputs, Data) else _inputs(outputs)
+    y = checked_labels(first, x, data).to(param.device)
+    queries = outputs if callable(outputs) and not isinstance(outputs, Data) else checked_inputs(outputs)
     plan = RetrainPlan(points.__getitem__, x.to(param.device, param.dtype), y, recipe, order, queries, weights, amp)
     return plan, points
 
@@ -493,7 +493,7 @@ def train_missing(plan: RetrainPlan, stacked: bool, masks: Tensor, seeds: tuple,
         bar.update(len(rows))
     bar.close()
 
-# %% ../nbs/17_retrain.ipynb #046a9d13
+# %% ../nbs/17_retrain.ipynb #785cdd0a
 def train_many(
     model: nn.Module | Callable, # a classifier, which stays as it is, or a function seed -> classifier
     data: Data | tuple, # the full training set
@@ -513,7 +513,7 @@ def train_many(
     **changes, # single fields of the recipe: epochs=5, ...
 ) -> Retrained:
     "Train one model for each mask, many at once where their layers allow it."
-    masks = as_masks(masks, len(_inputs(data)))
+    masks = as_masks(masks, len(checked_inputs(data)))
     seeds, recipe = as_seeds(seeds, len(masks)), replace(recipe, **changes)
     plan, points = make_plan(model, data, seeds, recipe, outputs, initial, order, weights, device, amp)
     starts = {seed: hash_weights(point) for seed, point in points.items()}

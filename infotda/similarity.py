@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['ScoreAttributor', 'count_examples', 'RandomAttribution', 'matrix_layers', 'penultimate_features', 'unit_rows',
-           'RepSim', 'rows_and_residual', 'GradDot', 'GradCos', 'as_texts', 'load_bm25s', 'BM25']
+           'RepSim', 'rows_and_residual', 'GradDot', 'GradCos', 'as_texts', 'BM25']
 
-# %% ../nbs/40_similarity.ipynb #7b2ee865
+# %% ../nbs/40_similarity.ipynb #6bcfddbb
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .attribution import Selection, top_k
-from .core import as_candidates, as_features, as_queries, pick_device, problem, progress_bar
+from .core import as_candidates, as_features, as_queries, optional_package, pick_device, problem, progress_bar
 from .jacobian import check_ready
 from .joint import feature_product
 from .outputs import call_model, map_batch
@@ -212,7 +212,7 @@ class GradCos(GradDot):
         norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
         return rows, 1 / norm.where(norm > 0, torch.inf)
 
-# %% ../nbs/40_similarity.ipynb #13e6ef02
+# %% ../nbs/40_similarity.ipynb #c5b841dc
 def as_texts(
     data, # list of strings, of pairs of strings, or an object with sentence1 and sentence2
 ) -> list[str]: # one text for each example
@@ -224,16 +224,7 @@ def as_texts(
         raise TypeError(problem("texts", "a non-empty list of strings or of pairs of strings", type(data).__name__ if not texts or isinstance(data, str) else f"something else at position {texts.index(None)}", "give one text for each example."))
     return texts
 
-
-def load_bm25s(): # the module bm25s
-    "Import bm25s, or say how to get it."
-    try:
-        import bm25s
-    except ImportError as error:
-        raise ImportError(problem("BM25", "the package bm25s", "none", "install it: pip install bm25s.")) from error
-    return bm25s
-
-# %% ../nbs/40_similarity.ipynb #7b0d220f
+# %% ../nbs/40_similarity.ipynb #ca54ff35
 class BM25(ScoreAttributor):
     "Word overlap of texts, rare words counting more; needs the package bm25s."
 
@@ -246,14 +237,14 @@ class BM25(ScoreAttributor):
         self.k1, self.b, self.stopwords = k1, b, stopwords
 
     def _words(self, data) -> list[list[str]]:
-        return load_bm25s().tokenize(as_texts(data), stopwords=self.stopwords or [], return_ids=False, show_progress=False)
+        return optional_package("bm25s", "baselines").tokenize(as_texts(data), stopwords=self.stopwords or [], return_ids=False, show_progress=False)
 
     def fit(self, texts) -> "BM25": # list of strings or pairs, or TextPairs
         "Index the training texts."
         words = self._words(texts)
         if not any(words):
             raise ValueError(problem("texts", "at least one word of two letters or more", "none", "look at the texts and at stopwords."))
-        self.index_ = load_bm25s().BM25(k1=self.k1, b=self.b, dtype="float64")
+        self.index_ = optional_package("bm25s", "baselines").BM25(k1=self.k1, b=self.b, dtype="float64")
         self.index_.index(words, show_progress=False)
         self.n_examples_ = len(words)
         return self

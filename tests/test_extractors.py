@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from infotda.core import expect_error
+from infotda.core import expect_error, has_package
 from infotda.data import Data, TextPairs, has_data, load_data
-from infotda.extractors import Extractor, TextHash, examples_of, extract_features, feature_record, has_package, hash_examples, image_extractor, record_key, text_extractor
+from infotda.extractors import Extractor, PictureTransform, TextHash, examples_of, extract_features, feature_record, hash_examples, image_extractor, record_key, text_extractor
 
 
 def net(seed=0):
@@ -140,30 +139,41 @@ def test_any_damage_is_found(tmp_path):
     assert len(file.read_bytes()) == len(good)
 
 
-WORKER = """
-import sys, time, torch
+WORKERS = """
+import os, signal, sys, time, torch
 from infotda.extractors import Extractor, extract_features
+folder = sys.argv[1]
 class Slow(torch.nn.Module):
     def forward(self, x):
-        with open(sys.argv[1] + "/log", "a") as log:
+        with open(folder + "/log", "a") as log:
             log.write("called\\n")
-        time.sleep(float(sys.argv[2]))
+        time.sleep(float(os.environ["PAUSE"]))
         return 2 * x
-print(extract_features(Extractor(Slow()), torch.arange(6.0).view(3, 2), sys.argv[1], progress=False).sum().item())
+def start(name, seconds):
+    if (pid := os.fork()) == 0:
+        os.environ["PAUSE"] = str(seconds)
+        total = extract_features(Extractor(Slow()), torch.arange(6.0).view(3, 2), folder, progress=False).sum().item()
+        open(f"{folder}/{name}", "w").write(str(total))
+        os._exit(0)
+    return pid
+first = start("first", 600)
+while not os.path.exists(folder + "/log"):
+    assert os.waitpid(first, os.WNOHANG) == (0, 0)
+    time.sleep(0.05)
+others = [start(name, 0.2) for name in ("second", "third")]  # these wait
+time.sleep(0.3)
+assert os.waitpid(others[0], os.WNOHANG) == os.waitpid(others[1], os.WNOHANG) == (0, 0)
+os.kill(first, signal.SIGKILL)
+assert os.waitpid(first, 0)[1] == signal.SIGKILL
+assert [os.waitpid(pid, 0)[1] for pid in others] == [0, 0]
 """
 
 
 def test_a_killed_holder_does_not_block_the_next(tmp_path):
-    run = lambda seconds: subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(seconds)], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    first = run(600)
-    while not (tmp_path / "log").exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    others = [run(0.2) for _ in range(2)]  # these wait
-    first.kill()
-    first.wait()
-    first.stdout.close()
-    assert [other.communicate()[0].strip() for other in others] == ["30.0", "30.0"]
+    "Three processes that are forked from one, so that torch is imported once."
+    subprocess.run([sys.executable, "-c", WORKERS, str(tmp_path)], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert not (tmp_path / "first").exists()
+    assert [(tmp_path / name).read_text() for name in ("second", "third")] == ["30.0", "30.0"]
     assert (tmp_path / "log").read_text().count("called") == 1 + 2  # the killed one, and one that worked: a batch and its check
 
 
@@ -173,7 +183,7 @@ def test_pictures_of_one_class_are_close():
     X = features(extractor, data)
     assert X.shape == (60, 320) and X.dtype == torch.float32
     assert_close(features(extractor, data.x[:20], batch_size=7), X[:20], rtol=1e-4, atol=1e-4)
-    assert key(extractor, data.x[:3]) == key(image_extractor(device="cpu"), data.x[:3]) != key(image_extractor(size=96, device="cpu"), data.x[:3])
+    assert key(extractor, data.x[:3]) == key(image_extractor(device="cpu"), data.x[:3]) != key(Extractor(extractor.module, PictureTransform(96)), data.x[:3])
     U = X - X.mean(dim=0)
     similarity = (U @ U.T) / U.norm(dim=1) / U.norm(dim=1)[:, None]
     alike, other = data.y == data.y[:, None], ~torch.eye(60, dtype=torch.bool)
