@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['checked_rows', 'gain_kernel', 'loss_kernel', 'dual_loss_kernel', 'checked_gram', 'gram_kernel', 'pools_of',
-           'InfoGain', 'ApproxInfoGain', 'InfoLoss']
+           'InfoGain', 'InfoLoss', 'ApproxInfoGain']
 
 # %% ../nbs/22_greedy.ipynb #0401b543
 import warnings
@@ -194,19 +194,59 @@ class _Information:
         "The noise variance asked for, checked, or kappa."
         return resolve_noise_var(self.noise_var, torch.full((1, 1), kappa, dtype=torch.float64).sqrt()) if self.noise_var is not None or kappa == 0 else kappa
 
-# %% ../nbs/22_greedy.ipynb #3fa7e5dc
+# %% ../nbs/22_greedy.ipynb #75bc1e18
 class InfoGain(_Information):
     "Greedy InfoGain (7)-(8): add the example that lowers the query's posterior variance most."
-
-
-class ApproxInfoGain(_Information):
-    "Greedy by linear response (15): the largest covariance with the query given the choices so far; its gains are exact InfoGain."
-    _exact = False
 
 
 class InfoLoss(_Information):
     "Greedy InfoLoss (60)-(62): remove the example whose absence raises the query's posterior variance most."
     _loss = True
+
+# %% ../nbs/22_greedy.ipynb #63bfc2fc
+class ApproxInfoGain(_Information):
+    "Greedy by linear response (15): the largest covariance with the query given the choices so far; its gains are exact InfoGain."
+    _exact = False
+
+    def __init__(
+        self,
+        noise_var: float | None = None, # sigma^2 > 0; None: the mean of k(x_i, x_i)
+        index=None, # from `build_index` or `open_index`: each step becomes one search; None: scan the features
+    ):
+        super().__init__(noise_var)
+        self.index = index
+
+    def fit(
+        self,
+        Phi, # as without an index; with one, the features that it was built from
+    ): # self
+        "Take the training features; an index only compares them with its own."
+        if self.index is None:
+            return super().fit(Phi)
+        if not all(hasattr(self.index, verb) for verb in ("check", "select", "attribute")):
+            raise TypeError(problem("index", "an index from build_index or open_index", type(self.index).__name__, "build one from the features: build_index(features)."))
+        self.noise_var_, self.source_, self.Phi_ = self._resolve(self.index.check(Phi)), Phi, None
+        self.n_examples_, self.n_features_in_ = self.index.n, self.index.m
+        return self
+
+# %% ../nbs/22_greedy.ipynb #6c1341ce
+def _by_index(self: ApproxInfoGain, phi, query_var=None) -> Tensor: # (q, m)
+    "Check the queries of a rule with an index."
+    if getattr(self, "source_", None) is None:
+        raise ValueError(problem("ApproxInfoGain", "a fitted rule", "one that has seen no training features", "call .fit(Phi) with the features of the index first."))
+    if query_var is not None:
+        raise ValueError(problem("query_var", "None with an index", "a value", "features carry their own variance; query_var belongs to .fit_gram(K)."))
+    return as_queries(phi, self.n_features_in_, self.source_)
+
+
+def _fit_gram(self: ApproxInfoGain, K) -> "ApproxInfoGain":
+    "As for the other rules; not with an index."
+    if self.index is not None:
+        raise ValueError(problem("fit_gram", "a rule without an index", "one with an index", "an index holds features: call .fit(Phi), or leave the index out."))
+    return _Information.fit_gram(self, K)
+
+
+ApproxInfoGain._by_index, ApproxInfoGain.fit_gram = _by_index, _fit_gram
 
 # %% ../nbs/22_greedy.ipynb #9fb75bf2
 def _queries(
@@ -278,7 +318,7 @@ def _run(self: _Information, kernel, start: Tensor, var: Tensor, k: int, allowed
 
 _Information._search, _Information._run = _search, _run
 
-# %% ../nbs/22_greedy.ipynb #cca5f4cd
+# %% ../nbs/22_greedy.ipynb #e9976c5a
 def _select(
     self: _Information,
     phi, # (q, m) queries, or an object with an attribute `Phi`; after fit_gram the cross-kernel (q, n)
@@ -288,6 +328,9 @@ def _select(
     memory: int | None = None, # bytes of work beside the features; None: a quarter of theirs, at least 256 MiB
 ) -> Selection: # ranking (q, k) and gains (q, k) in nats
     "For each query, choose k training rows greedily; candidates restrict the choice, never what InfoLoss conditions on."
+    if getattr(self, "index", None) is not None:
+        phi = self._by_index(phi, query_var)
+        return self.index.select(phi, k, self.noise_var_, candidates)
     start, var = self._queries(phi, query_var)
     if memory is not None and not memory > 0:
         raise ValueError(problem("memory", "a number of bytes above 0, or None", repr(memory), "fewer bytes mean fewer queries at once, never another result."))
@@ -311,13 +354,16 @@ def _select(
 
 _Information.select = _select
 
-# %% ../nbs/22_greedy.ipynb #3cb10479
+# %% ../nbs/22_greedy.ipynb #5ed2e197
 def _attribute(
     self: _Information,
     phi, # (q, m) queries, or an object with an attribute `Phi`; after fit_gram the cross-kernel (q, n)
     query_var=None, # (q,) k(x*, x*), only after fit_gram
 ) -> Tensor: # (n, q) nats, float64, never negative; 0 for a query of zero variance
     "InfoGain (or InfoLoss) of every single training example for every query."
+    if getattr(self, "index", None) is not None:
+        phi = self._by_index(phi, query_var)
+        return self.index.attribute(phi, self.noise_var_)
     start, var = self._queries(phi, query_var)
     if self.Phi_ is not None:
         return (singleton_loss if self._loss else singleton_gain)(self.Phi_, phi, self.noise_var_)
