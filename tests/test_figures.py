@@ -13,6 +13,7 @@ from infotda.data import has_data
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = sorted(p for p in (ROOT / "nbs" / "figures").glob("*.ipynb") if p.stem != "index")
+OF_THE_PAPER = ("fig2_relative_information", "fig3_brittleness", "fig3_cifar10", "fig3_rte", "table1_backdoor", "fig5_coreset", "fig6_class_balanced")
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=lambda p: p.stem)
@@ -28,6 +29,20 @@ def test_figure_has_a_record_that_it_checks(path):
 def test_no_record_without_its_figure():
     names = {p.name.split(".")[0] for p in (ROOT / "nbs" / "figures" / "results").glob("*.json")}
     assert names == {p.stem for p in FIGURES}
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_each_figure_of_the_paper_has_a_notebook_and_rows_in_the_index(name):
+    assert name in {p.stem for p in FIGURES}
+    cells = json.loads((ROOT / "nbs" / "figures" / "index.ipynb").read_text(encoding="utf-8"))["cells"]
+    claims = [line for cell in cells if cell["cell_type"] == "code" for line in cell["source"] if line.lstrip().startswith(f'("{name}"')]
+    shown = [str(out) for cell in cells for out in cell.get("outputs", [])]
+    assert claims and any(f"{name}.ipynb" in out for out in shown), "the stored table is older than its list of claims"
+
+
+def test_the_two_coreset_figures_tell_the_same_experiment():
+    free, equal = (json.loads((ROOT / "nbs" / "figures" / "results" / f"{name}.quick.json").read_text(encoding="utf-8"))["numbers"] for name in ("fig5_coreset", "fig6_class_balanced"))
+    assert {name.replace(", free, ", ", equal, ") for name in free} == set(equal) and free["all data"] == pytest.approx(equal["all data"], abs=0.01)
 
 
 @pytest.mark.skipif(not has_data("fashion_mnist"), reason="no Fashion-MNIST here")
