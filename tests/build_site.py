@@ -170,7 +170,7 @@ def contents(pages: list[Page]) -> None:
     course = [page for page in pages if page.name.startswith("tutorials/lesson")]
     tutorials = in_order([page for page in pages if page.path.parent.name == "tutorials" and page not in course], home.path)
     figures = in_order([page for page in pages if page.path.parent.name == "figures" and page is not claims], claims.path)
-    tree = [("Learn", []), ("Results", ["figures/index"]), ("Notebooks", list(FLOORS)), ("Reference", ["api/index"])]
+    tree = [("Learn", []), ("Results", ["figures/index"]), ("Notebooks", list(FLOORS)), ("Reference", ["api"])]
     for name, title, text, group in [("tutorials/index", "Tutorials", TUTORIALS, tutorials), ("tutorials/course", "Course", COURSE, course)]:
         if group:
             write(f"{name}.md", f"{front(text)}# {title}\n\n{text}\n\n{listing(group)}\n\n{toctree([page.name for page in group])}\n")
@@ -188,7 +188,7 @@ def contents(pages: list[Page]) -> None:
         api += ["", f"## {title}", "", *(f"* {{py:mod}}`{page.module}`: {page.line}" for page, *_ in modules), "", toctree([f"api/{short}" for _, short, _ in modules])]
         for _, short, text in modules:
             write(f"api/{short}.rst", text)
-    write("api/index.md", "\n".join(api) + "\n")
+    write("api.md", "\n".join(api) + "\n")
     home.cells.append(new_markdown_cell("\n\n".join(toctree(names, caption) for caption, names in tree if names), id="contents"))
     claims.cells.append(new_markdown_cell(toctree([page.name for page in figures]), id="contents"))
     for page in pages:
