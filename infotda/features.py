@@ -497,7 +497,7 @@ def like_projection(
         raise ValueError(problem(clash[0], f"{had[clash[0]]!r} as in like=", repr(asked[clash[0]]), "leave it out, or make new features for both sides."))
     return like.projector, like.ntk
 
-# %% ../nbs/14_features.ipynb #9fdadb8e
+# %% ../nbs/14_features.ipynb #7f4832e5
 def check_options(
     batch_size, # a whole number of at least 1, or None
     memory, # bytes, or None
@@ -519,6 +519,8 @@ def check_options(
         raise ValueError(problem("save_dir", "a folder, or None", repr(save_dir), "an empty name is no folder; None keeps the rows in memory."))
     if batch_size is not None and memory is not None:
         raise ValueError(problem("memory", "None where batch_size is given", repr(memory), "give one of them: memory= is the limit from which a batch size is chosen."))
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise ValueError(problem("autocast", "to be off during a feature pass", "a torch.autocast block around it", "call outside of the block; dtype= stores two bytes for a number without computing in them."))
 
 # %% ../nbs/14_features.ipynb #e96cf960
 def check_repeatable(
