@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'ROWS', 'Rows', 'Data', 'TextPairs', 'data_root', 'MissingData', 'load_torchvision', 'read_idx',
            'load_data', 'has_data', 'channel_stats', 'flip_labels', 'duplicate']
 
-# %% ../nbs/01_data.ipynb #bed50b2c
+# %% ../nbs/01_data.ipynb #651b1ccd
 import csv
 import importlib
 import importlib.util
@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -138,9 +137,10 @@ class TextPairs(Rows):
     def __getitem__(self, i: int) -> tuple[str, str, Tensor]:
         return self.sentence1[i], self.sentence2[i], self.y[i]
 
-# %% ../nbs/01_data.ipynb #39f48ddc
+# %% ../nbs/01_data.ipynb #54aa6afd
 def _digits(split: str) -> Data:
     "scikit-learn's digits, divided once and for all into 1297 for training and 500 for testing, stratified."
+    from sklearn.datasets import load_digits  # here: it takes most of a second to import
     digits = load_digits()
     n, n_test = len(digits.target), 500
     order = np.random.RandomState(0).permutation(n)

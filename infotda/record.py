@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'profile', 'choose', 'cache_root', 'resampled_means', 'bootstrap_interval', 'student_interval',
            'spearman_interval', 'differences', 'Record']
 
-# %% ../nbs/49_record.ipynb #45a3cf59
+# %% ../nbs/49_record.ipynb #56ad1f64
 import json
 import os
 import time
@@ -14,8 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr
-from scipy.stats import t as student
+import scipy
 
 from .core import environment, problem
 
@@ -75,7 +74,7 @@ def bootstrap_interval(
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../nbs/49_record.ipynb #3c4a9e4e
+# %% ../nbs/49_record.ipynb #1e547e32
 def student_interval(
     values, # (n,) what was measured, at least twice
     level: float = 0.95, # how often the interval should contain the true value
@@ -84,10 +83,10 @@ def student_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise ValueError(problem("values", "at least two finite numbers (n,)", f"shape {values.shape}, finite: {bool(np.isfinite(values).all())}", "an interval needs repetitions: more seeds."))
-    half = student.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    half = scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
     return float(values.mean()), float(half)
 
-# %% ../nbs/49_record.ipynb #9b90bf38
+# %% ../nbs/49_record.ipynb #2885d242
 def spearman_interval(
     a, # (n,) one score
     b, # (n,) another score of the same examples
@@ -97,7 +96,7 @@ def spearman_interval(
 ) -> tuple[float, float, float]: # Spearman's correlation, lower and upper end
     "The rank correlation of two scores, with its bootstrap interval over examples."
     pairs = np.stack([np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)], axis=1)
-    rho = lambda drawn: spearmanr(drawn[:, 0], drawn[:, 1])[0]
+    rho = lambda drawn: scipy.stats.spearmanr(drawn[:, 0], drawn[:, 1])[0]
     return float(rho(pairs)), *bootstrap_interval(pairs, rho, level, resamples, seed)
 
 # %% ../nbs/49_record.ipynb #ba10f03e
