@@ -288,7 +288,7 @@ def _joint_state(columns: _Columns, phi: Tensor, rule: str):
     weights = (largest / largest.max().where(largest.max() > 0, 1.0)).square()
     return (_Norms if columns.C0 is None and 3 * M > m else _Separate)(columns, scaled, weights)
 
-# %% ../nbs/25_joint.ipynb #a71592a0
+# %% ../nbs/25_joint.ipynb #c291bdba
 def _select_joint(
     self, # InfoLoss, InfoGain or ApproxInfoGain, fitted on features
     phi, # (M, m) queries, all served by one set
@@ -300,7 +300,8 @@ def _select_joint(
 ) -> Selection: # ranking (1, k); gains (1, k) nats: joint for "exact", summed over the queries for "trace" and "diag"
     "Greedily choose one set of k training rows for all queries together."
     if getattr(self, "Phi_", None) is None:
-        raise ValueError(problem(type(self).__name__, "an object fitted on features", "none", "call .fit(Phi) with an (n, m) matrix first."))
+        got = "none" if getattr(self, "index", None) is None else "an index, which is searched for one query at a time"
+        raise ValueError(problem(type(self).__name__, "an object fitted on features", got, "call .fit(Phi) with an (n, m) matrix, of a rule without index=."))
     if rule not in ("trace", "diag", "exact"):
         raise ValueError(problem("rule", "'trace', 'diag' or 'exact'", repr(rule), "'trace' suits coresets and any number of queries."))
     Phi = self.Phi_
