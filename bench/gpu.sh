@@ -15,7 +15,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 mkdir -p "$RESULTS"
 
 declare -A PIECES=(
-  [tests]="$PYTHON -m pytest tests -m gpu -q -p no:cacheprovider --ignore=tests/test_repo.py"
+  [tests]="$PYTHON -m pytest $(grep -l mark.gpu tests/test_*.py | tr '\n' ' ')-m gpu -q -p no:cacheprovider" # other test files want packages that need not be there
 )
 ORDER=(tests)
 for figure in nbs/figures/*.ipynb; do  # every figure in the full protocol; each goes on from its cache
