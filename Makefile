@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATASET ?= digits
 # A folder of data sets inside or beside the checkout is used if there is one; INFOTDA_DATA overrides.
-WORKERS ?= 2
+# one more than the cores: tests that wait for servers and kernels leave room
+WORKERS ?= 3
 PROFILE ?= quick
 INFOTDA_DATA ?= $(abspath $(firstword $(wildcard data ../data ../shared/data)))
 INFOTDA_CACHE ?= $(abspath out/cache)
