@@ -197,7 +197,7 @@ def check_drawable(
     if not rows or not all(0 <= row < q for row in rows) or k < 1:
         raise ValueError(problem("rows and k", f"queries from 0 to {q - 1}, and k >= 1", f"rows={rows}, k={k}", "leave them out for the first eight queries and ten examples."))
 
-# %% ../nbs/03_attribution.ipynb #ae25a3ac
+# %% ../nbs/03_attribution.ipynb #6f70bd7e
 def _plot(
     self: Selection,
     train, # the training set the rows refer to
@@ -209,11 +209,11 @@ def _plot(
     rows = list(range(len(self)))[:8] if rows is None else list(rows)
     check_drawable(self, train, queries, k, rows)
     k = min(k, self.ranking.shape[1])
-    fig, axes = plt.subplots(len(rows), k + 1, figsize=(0.85 * (k + 1), 1.2 * len(rows) + 0.25), squeeze=False)
+    fig, axes = plt.subplots(len(rows), k + 1, figsize=(0.85 * (k + 1), 1.15 * len(rows) + 0.3), squeeze=False)
     for row, line in zip(rows, axes):
         draw_row(line, self, row, train, queries)
-    fig.suptitle(f"{self.method}: {self.unit} added at each step", fontsize=9)
-    fig.tight_layout(pad=0.3)
+    fig.suptitle(f"{self.method}: {self.unit}, step by step", fontsize=9)
+    fig.tight_layout(pad=0.3, h_pad=0.5)
     return fig
 
 
