@@ -19,7 +19,7 @@ from .features import tangent_features
 from .similarity import ScoreAttributor, count_examples
 from .sources import as_source
 
-# %% ../nbs/43_adapters.ipynb #7ea510eb
+# %% ../nbs/43_adapters.ipynb #a695dcf3
 class FromData:
     "A method that takes tangent features, made into one that takes data: a feature pass goes before each verb."
 
@@ -40,6 +40,8 @@ class FromData:
         return self
 
     def _queries(self, queries):
+        if not hasattr(self, "train_"):
+            raise ValueError(problem("FromData", "a fitted object", "one that has seen no training data", "call .fit(data) first."))
         return tangent_features(self.model, queries, self.output or margin(), like=self.train_, progress=False)
 
     def attribute(self, queries) -> Tensor: # (n, q)

@@ -548,7 +548,7 @@ class ScanActor(ShardScan):
             self.apply(ray.get(step))
         return self.best()
 
-# %% ../nbs/15_cluster.ipynb #75671dfc
+# %% ../nbs/15_cluster.ipynb #b08e4342
 class _Spread:
     "A greedy rule, named and checked."
 
@@ -568,6 +568,8 @@ class _Spread:
         name = self.rule if isinstance(self.rule, str) else type(self.rule).__name__
         if name not in RULES or (name != self.rule and getattr(self.rule, "index", None) is not None):
             raise ValueError(problem("rule", f"one of {', '.join(RULES)}, without an index", name, "only the exact scan is spread over shards."))
+        if self.actors is not None and (self.actors != int(self.actors) or self.actors < 1):
+            raise ValueError(problem("actors", "a whole number of at least 1, or None", self.actors, "None takes one for each CPU of the cluster."))
         if self.noise_var is not None and not isinstance(self.rule, str):
             raise ValueError(problem("noise_var", "None beside a rule that has its own", self.noise_var, "give it to the rule."))
         return name, self.noise_var if isinstance(self.rule, str) else self.rule.noise_var

@@ -65,16 +65,16 @@ def line(
     low, high = bootstrap_interval(values, statistic, resamples=resamples) if len(values) > 1 else (math.nan, math.nan)
     return {**fields, "value": value, "low": low, "high": high, "of": len(values)}
 
-# %% ../nbs/50_evaluate.ipynb #57154b7a
+# %% ../nbs/50_evaluate.ipynb #0a1e8867
 def _plain(value):
     "A value for strict JSON: lists for tensors, null for what is not finite."
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
         return _plain(value.tolist())
     if isinstance(value, dict):
         return {str(key): _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, range)):
         return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return str(value) if isinstance(value, Path) else None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _to_json(self: Evaluation) -> str: # one object
@@ -190,14 +190,14 @@ def is_right(
     "Which predictions are right; ties go to the first class."
     return logits.argmax(dim=-1) == y.to(logits.device)
 
-# %% ../nbs/50_evaluate.ipynb #5abea433
+# %% ../nbs/50_evaluate.ipynb #5e6c6ecf
 def check_sizes(
     sizes, # subset sizes
     k: int, # length of the rankings
 ) -> list[int]: # ascending
     "Check a grid of subset sizes."
     found = sorted({int(s) for s in sizes})
-    if not found or found[0] < 1 or found[-1] > k or len(found) != len(list(sizes)):
+    if not found or any(s != int(s) for s in sizes) or found[0] < 1 or found[-1] > k or len(found) != len(list(sizes)):
         raise ValueError(problem("sizes", f"different whole numbers from 1 to {k}, the length of the ranking", list(sizes), "select more examples, or remove fewer."))
     return found
 

@@ -6,10 +6,11 @@
 __all__ = ['checked_rows', 'gain_kernel', 'loss_kernel', 'dual_loss_kernel', 'checked_gram', 'gram_kernel', 'pools_of',
            'InfoGain', 'InfoLoss', 'ApproxInfoGain']
 
-# %% ../nbs/22_greedy.ipynb #0401b543
+# %% ../nbs/22_greedy.ipynb #135b9d0a
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,15 +20,18 @@ from .core import (as_candidates, as_features, as_queries, cholesky, problem,
 from .elimination import GramKernel, RowKernel, copy_groups, greedy, increments, plan, to_gram
 from .surrogate import function_space_chol, singleton_gain, singleton_loss, weight_space_chol
 
-# %% ../nbs/22_greedy.ipynb #cada16cf
+# %% ../nbs/22_greedy.ipynb #f7465eae
 def checked_rows(
     Phi, # (n, m) float tensor, numpy array (memory-mapped or not), or an object with an attribute `Phi`
 ) -> tuple[Tensor, Tensor]: # Phi as a tensor, and |phi_i|^2 (n,) in float64
     "Check features one row block at a time, and return the kernel's diagonal with them."
     Phi = getattr(Phi, "Phi", Phi)
+    if not isinstance(Phi, (Tensor, np.ndarray)):
+        as_features(Phi)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         Phi = torch.as_tensor(Phi)
+    Phi = Phi.detach() if Phi.requires_grad else Phi
     if Phi.ndim != 2 or 0 in Phi.shape or not Phi.is_floating_point():
         as_features(Phi)
     k_ii, size = torch.empty(len(Phi), dtype=torch.float64, device=Phi.device), max(1, 2**18 // Phi.shape[1])

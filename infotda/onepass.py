@@ -115,23 +115,25 @@ class _OnePass:
         gains = information_steps(self.Phi_, ranking, phi, self.noise_var_, self._criterion)
         return Selection(ranking, gains, type(self).__name__, self.noise_var_)
 
-# %% ../nbs/28_onepass.ipynb #fe4ef05a
+# %% ../nbs/28_onepass.ipynb #23631916
 class SingletonInfoLoss(_OnePass):
     "Rank training rows by the InfoLoss of deleting each alone; gains are exact increments of InfoLoss, nats."
     _criterion = "loss"
 
     def attribute(self, phi) -> Tensor: # (n, q) nats
         "InfoLoss of each single row for each query."
-        return singleton_loss(self.Phi_, self._queries(phi), self.noise_var_)
+        phi = self._queries(phi)
+        return singleton_loss(self.Phi_, phi, self.noise_var_)
 
-# %% ../nbs/28_onepass.ipynb #12d62367
+# %% ../nbs/28_onepass.ipynb #c5b5afac
 class TopCovariance(_OnePass):
     "Rank training rows by |k(x*, x_i)|; gains are exact increments of InfoGain, nats. Noise changes the gains, not the ranking."
     _criterion = "gain"
 
     def attribute(self, phi) -> Tensor: # (n, q) |k(x*, x_i)|, in units of the kernel
         "Absolute prior covariance of each row with each query, float64."
-        return feature_product(self.Phi_, self._queries(phi).double().T).abs()
+        phi = self._queries(phi)
+        return feature_product(self.Phi_, phi.double().T).abs()
 
 # %% ../nbs/28_onepass.ipynb #f851b45e
 def relative_information(

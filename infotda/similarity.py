@@ -120,7 +120,7 @@ def penultimate_features(
             hook.remove()
     return torch.cat(parts)
 
-# %% ../nbs/40_similarity.ipynb #b8631172
+# %% ../nbs/40_similarity.ipynb #3b29510d
 def unit_rows(
     X: Tensor, # (n, d) features
 ) -> Tensor: # (n, d) float64
@@ -152,7 +152,7 @@ class RepSim(ScoreAttributor):
 
     def attribute(self, X) -> Tensor: # (n, q) float64, from -1 to 1
         "The cosine of each training example with each query."
-        return self.unit_ @ self._features(X, "queries", self.fitted().n_features_in_).to(self.unit_.device).T
+        return self.fitted().unit_ @ self._features(X, "queries", self.n_features_in_).to(self.unit_.device).T
 
 # %% ../nbs/40_similarity.ipynb #415c8a8f
 def rows_and_residual(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['inner_products', 'DampedGram', 'logistic_mode', 'leave_one_out_loss', 'RidgePath', 'choose_ridge', 'training_ridge',
-           'as_checkpoints', 'TRAK']
+           'check_same_examples', 'as_checkpoints', 'TRAK']
 
 # %% ../nbs/41_trak.ipynb #8e549c58
 from dataclasses import dataclass
@@ -172,7 +172,19 @@ def training_ridge(
     total = sum(recipe.lr_at(step / steps) for step in range(recipe.epochs * steps))
     return n * (recipe.weight_decay + (1 - recipe.momentum) / total)
 
-# %% ../nbs/41_trak.ipynb #46558acd
+# %% ../nbs/41_trak.ipynb #51e052ca
+def check_same_examples(
+    features: list, # of each checkpoint: Features, or matrices, which know nothing more
+    name: str, # what to call them in messages
+) -> None:
+    "Refuse checkpoints whose rows are not the same examples in one order, seen through one output."
+    for field in ("output", "labels", "index"):
+        told = [value for F in features if (value := getattr(F, field, None)) is not None]
+        same = [torch.equal(value.cpu(), told[0].cpu()) if isinstance(value, Tensor) else value == told[0] for value in told[1:]]
+        if not all(same):
+            raise ValueError(problem(f"{name}, {field}", "the same for all checkpoints", f"another one for {same.count(False)} of {len(features)}", "compute all features with one output, on one data set, in one order."))
+
+
 def as_checkpoints(
     features, # Features or a matrix, or a list of them
     residual, # None, (n,), or a list of those: residuals of matrices
@@ -188,9 +200,10 @@ def as_checkpoints(
     sizes = [len(Phi) for Phi, _ in found]
     if len(set(sizes)) > 1:
         raise ValueError(problem(name, "checkpoints that saw the same examples", f"{sizes} examples", "compute all features on one data set, in one order."))
+    check_same_examples(features, name)
     return found
 
-# %% ../nbs/41_trak.ipynb #744aca4f
+# %% ../nbs/41_trak.ipynb #019a3675
 class TRAK(ScoreAttributor):
     "Removal effects in a logistic regression on margin features; scores are falls of the query's margin, nats."
 
@@ -228,6 +241,7 @@ class TRAK(ScoreAttributor):
         rows = [as_queries(F, gram.Phi.shape[1], source) for F, gram, source in zip(queries, self.gram_, self.source_)]
         if len({len(part) for part in rows}) > 1:
             raise ValueError(problem("queries", "the same queries for every checkpoint", f"{[len(part) for part in rows]} of them", "compute all features on one set of queries."))
+        check_same_examples(queries, "queries")
         return self.residual_[:, None] * torch.stack([gram.between(part) for gram, part in zip(self.gram_, rows)]).mean(dim=0)
 
 # %% ../nbs/41_trak.ipynb #e732f64d

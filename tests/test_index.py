@@ -159,9 +159,10 @@ def test_kept_and_found_again(tmp_path):
         for index in (again, third):
             assert torch.equal(index.select(phi, 9, 5.0).ranking, first.select(phi, 9, 5.0).ranking)
         assert b"pickle" not in (tmp_path / kind / "index.json").read_bytes()
-    with pytest.raises(ValueError, match="ef: expected 400, got 50"):
-        build_index(Phi, "faiss-hnsw", tmp_path / "ef", progress=False, ef=400)
-        build_index(Phi, "faiss-hnsw", tmp_path / "ef", progress=False, ef=50)
+    assert build_index(Phi, "faiss-hnsw", tmp_path / "graph", progress=False, links=16, ef=50).engine.ef == 50
+    assert open_index(tmp_path / "graph", Phi, ef=400).engine.ef == 400   # of a search, not of the graph
+    with pytest.raises(ValueError, match="links: expected 16, got 8"):
+        open_index(tmp_path / "graph", Phi, links=8)
 
 
 # Real kills
