@@ -331,15 +331,16 @@ def choose(
         j[i] = F[first_max(rescore(kernel, start[i], S[i], F, exact, var[i]))]
     return j
 
-# %% ../nbs/19_elimination.ipynb #cfd8e325
+# %% ../nbs/19_elimination.ipynb #2aff6cf1
 def copy_groups(
     X: Tensor, # (n, m) rows, floating point
 ) -> Tensor | None: # (n,) int64: rows with the same number of at least 0 are exact copies, -1 has none; None: no copies at all
     "Number the groups of exact copies among the rows."
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[X.element_size()]
     odd = torch.randint(-2**62, 2**62, X.shape[1:], generator=torch.Generator().manual_seed(0)).to(X.device) * 2 + 1
-    parts = X.split(max(1, 2**18 // X.shape[1]))
-    hashed = torch.cat([((part + 0.0).contiguous().view(whole).long() * odd).sum(dim=1) for part in parts]) # + 0.0: -0.0 becomes 0.0
+    hashed, size = torch.empty(len(X), dtype=torch.int64, device=X.device), max(1, 2**18 // X.shape[1])
+    for lo in range(0, len(X), size):                                   # into one tensor: pieces would pin the heap around them
+        hashed[lo:lo + size] = ((X[lo:lo + size] + 0.0).contiguous().view(whole).long() * odd).sum(dim=1) # + 0.0: -0.0 becomes 0.0
     _, group, count = hashed.unique(return_inverse=True, return_counts=True)
     return torch.where(count[group] > 1, group, -1) if count.max() > 1 else None
 
