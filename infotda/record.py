@@ -4,17 +4,23 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'profile', 'choose', 'cache_root', 'resampled_means', 'bootstrap_interval', 'student_interval',
-           'spearman_interval', 'differences', 'Record']
+           'spearman_interval', 'differences', 'Record', 'code_hash', 'as_part', 'write_part', 'read_part']
 
-# %% ../nbs/49_record.ipynb #56ad1f64
+# %% ../nbs/49_record.ipynb #9206c3f1
+import hashlib
 import json
 import os
 import time
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import scipy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from .core import environment, problem
 
@@ -114,7 +120,7 @@ def differences(
             lines.append(f"{name}: {numbers[name]:.6g}, recorded {recorded[name]:.6g}")
     return sorted(lines)
 
-# %% ../nbs/49_record.ipynb #def0e9c7
+# %% ../nbs/49_record.ipynb #000a6d1d
 class Record:
     "The numbers of a figure, kept on disk and compared with every later run."
 
@@ -125,7 +131,7 @@ class Record:
         folder: str | os.PathLike = "results", # where the records lie
     ):
         self.figure, self.seeds, self.folder = figure, [int(s) for s in np.atleast_1d(seeds)], Path(folder)
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        self.wall, self.cpu, self.parts = time.perf_counter(), time.process_time(), None
 
     @property
     def path(self) -> Path: # of this figure's record in this run's profile
@@ -152,7 +158,7 @@ class Record:
             raise AssertionError(problem(f"{self.figure}, profile {profile()}", "the recorded numbers", "\n  " + "\n  ".join(lines), "find out what changed; INFOTDA_RECORD=write keeps the new numbers."))
         return f"{len(numbers)} numbers as recorded ({profile()})"
 
-# %% ../nbs/49_record.ipynb #2c6c0e07
+# %% ../nbs/49_record.ipynb #a667bedd
 def _write(
     self: Record,
     numbers: dict, # name -> finite number
@@ -160,7 +166,7 @@ def _write(
     rtol: float, # and its relative one
 ) -> str: # what was done
     "Write the record of this run."
-    seconds = {"wall": round(time.perf_counter() - self.wall, 1), "cpu": round(time.process_time() - self.cpu, 1)}
+    seconds = {"wall": round(time.perf_counter() - self.wall, 1), "cpu": round(time.process_time() - self.cpu, 1)} # parts kept from earlier runs included
     content = dict(figure=self.figure, profile=profile(), numbers=numbers, tolerance=dict(atol=atol, rtol=rtol), seeds=self.seeds, seconds=seconds, environment=environment() | {"infotda": import_module("infotda").__version__})
     self.folder.mkdir(parents=True, exist_ok=True)
     part = self.path.with_suffix(".part")
@@ -170,3 +176,69 @@ def _write(
 
 
 Record.write = _write
+
+# %% ../nbs/49_record.ipynb #1f425319
+def code_hash(
+    notebook: Path, # whose code cells count; need not exist
+) -> str: # 16 hexadecimal digits
+    "A hash of the code that a notebook's numbers come from: its own cells, and this package."
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")) if "__file__" in globals() else []:
+        digest.update(path.read_bytes())
+    if notebook.exists():
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                digest.update("".join(cell["source"]).encode())
+    return digest.hexdigest()[:16]
+
+# %% ../nbs/49_record.ipynb #8dc561a5
+def _keep(
+    self: Record,
+    part: str, # name of the part, unique in the figure
+    make: Callable[[], Mapping], # () -> dict of tensors, arrays or numbers
+) -> dict[str, Tensor]: # what `make` returns, as tensors on the CPU
+    "A part of a long figure: made once in the full profile, then read from disk; always made in the quick one."
+    if profile() == "quick":
+        return as_part(make())
+    if self.parts is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        own = hashlib.sha256(f"{code_hash(Path(f'{self.figure}.ipynb'))} {self.seeds} {torch.__version__} {device}".encode()).hexdigest()[:16]
+        self.parts = cache_root() / "parts" / f"{self.figure}-{own}"
+    path = self.parts / f"{part.replace('/', '_').replace(' ', '-')}.safetensors"
+    if not path.exists():
+        wall, cpu = time.perf_counter(), time.process_time()
+        tensors = as_part(make())
+        write_part(path, tensors, {"wall": str(time.perf_counter() - wall), "cpu": str(time.process_time() - cpu)})
+        return tensors
+    tensors, spent = read_part(path)
+    self.wall, self.cpu = self.wall - float(spent["wall"]), self.cpu - float(spent["cpu"])
+    return tensors
+
+
+Record.keep = _keep
+
+# %% ../nbs/49_record.ipynb #1c46ed86
+def as_part(
+    values: Mapping, # name -> tensor, array or number
+) -> dict[str, Tensor]: # plain tensors on the CPU
+    "What a part returns, in the form in which it is kept."
+    if not isinstance(values, Mapping):
+        raise TypeError(problem("a part", "a dictionary of tensors, arrays or numbers", type(values).__name__, "return {'name': value, ...} from `make`."))
+    return {str(name): (x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))).contiguous().clone() for name, x in values.items()}
+
+
+def write_part(path: Path, tensors: dict[str, Tensor], spent: dict[str, str]) -> None:
+    "Write a part, or nothing."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    save_file(tensors, unfinished, metadata=spent | {"names": json.dumps(list(tensors))})
+    unfinished.replace(path)
+
+
+def read_part(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]: # the tensors, and the seconds they took
+    "Read a part, its values in the order in which they were given."
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in json.loads(file.metadata()["names"])}, file.metadata()
+    except SafetensorError as error:
+        raise ValueError(problem("a kept part", "a whole safetensors file", f"{path.name}: {error}", f"delete {path}; it will be computed again.")) from error
