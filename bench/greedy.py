@@ -5,8 +5,8 @@
 
 Each case runs in a process of its own, on one thread. The floor of a case is the product Phi (n x m) . (m x queries), once
 for each step, by the fastest routine at hand. `naive` keeps one m x m inverse per query and reads all features twice a step, once in float32 and once in float64 (the rankings
-and nats of infotda are exact in float64). A "tight" case may use an eighth of the features' bytes for its work; its queries then go
-in smaller groups.
+and nats of infotda are exact in float64). A "tight" case may use a fifth of the features' bytes for its work: chosen rows are
+then remembered instead of vectors, and where that is not enough, queries go in smaller groups.
 Peak memory counts from just before the features are made.
 """
 import os
@@ -25,7 +25,7 @@ from infotda.core import fast_product
 from infotda.elimination import plan
 from infotda.greedy import InfoGain, InfoLoss, ApproxInfoGain
 
-TIGHT = 8  # the work of a "tight" case may take an eighth of the features
+TIGHT = 5  # the work of a "tight" case may take a fifth of the features
 CASES = {  # name: rule, n, m, queries, k, pool (None: all rows), memory-mapped, repetitions, queries of the naive method
     "n50k-m512": (InfoGain, 50_000, 512, 100, 100, None, False, 3, 2),
     "n10k-m4096": (InfoGain, 10_000, 4096, 100, 100, None, False, 3, 2),

@@ -280,7 +280,7 @@ def _queries(
 
 _Information._queries = _queries
 
-# %% ../nbs/22_greedy.ipynb #7d44861f
+# %% ../nbs/22_greedy.ipynb #8579a235
 def _search(
     self: _Information,
     kernel, # of the pool
@@ -297,11 +297,11 @@ def _search(
     work, parts = to_gram(kernel) if p.route == "gram" and not known else kernel, []
     for part in torch.arange(len(start), device=start.device).split(p.query_block):
         mask = None if allowed is None else allowed[part.to(allowed.device)].to(start.device)
-        ranking, decided = greedy(work, start[part], var[part], k, self._exact, mask, torch.float64 if double else torch.float32, p.row_block)
+        ranking, decided = greedy(work, start[part[0]:part[-1] + 1], var[part], k, self._exact, mask, torch.float64 if double else torch.float32, p.row_block, p.lean)
         again = part[~decided]
         if len(again):
             mask = None if mask is None else mask[~decided]
-            ranking[~decided] = greedy(work.in_float64(), start[again], var[again], k, self._exact, mask, torch.float64, p.row_block)[0]
+            ranking[~decided] = greedy(work.in_float64(), start[again], var[again], k, self._exact, mask, torch.float64, p.row_block, p.lean)[0]
         parts.append(ranking)
     return torch.cat(parts)
 
@@ -313,7 +313,9 @@ def _run(self: _Information, kernel, start: Tensor, var: Tensor, k: int, allowed
     ranking = torch.zeros(len(var), k, dtype=torch.int64, device=var.device)
     for i in (~live).nonzero().flatten().tolist():
         ranking[i] = free[i].nonzero().flatten()[:k].to(var.device)
-    if live.any():
+    if live.all():
+        ranking = self._search(kernel, start, var, k, allowed, memory)
+    elif live.any():
         ranking[live] = self._search(kernel, start[live], var[live], k, None if allowed is None else allowed[live.to(allowed.device)], memory)
     for i in live.nonzero().flatten().tolist():
         drops[i] = increments(kernel, start[i], ranking[i])

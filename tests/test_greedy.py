@@ -199,6 +199,36 @@ def test_memory_mapped(tmp_path):
     assert torch.equal(InfoGain().fit(shared).select(phi, 10).ranking, InfoGain().fit(Phi).select(phi, 10).ranking)
 
 
+@pytest.mark.parametrize("dominant", [1, 3])
+def test_features_with_a_dominant_direction(dominant):
+    "Rounding is at its worst here (19_elimination shows by how much); the rankings are those of float64, with room for vectors and without."
+    gen = torch.Generator().manual_seed(dominant)
+    n, m, k = 1500, 128, 40
+    Phi = torch.randn(n, dominant, generator=gen) @ torch.randn(dominant, m, generator=gen) / 4 + 1e-3 * torch.randn(n, m, generator=gen)
+    phi = torch.cat([torch.randn(5, m, generator=gen) / m**0.5, Phi[:5] + 1e-3 * torch.randn(5, m, generator=gen)])
+    kappa, lean = Phi.double().square().sum(dim=1).mean().item(), 4 * n * m // 4
+    assert plan(n, m, len(phi), k, memory=lean, route="rows").lean
+    for ratio in (1e-6, 1e-5, 1e-4, 1e-2):
+        for rule in RULES.values():
+            fitted = rule(ratio * kappa).fit(Phi)
+            expected = rule(ratio * kappa).fit(Phi.double()).select(phi.double(), k).ranking
+            assert torch.equal(fitted.select(phi, k).ranking, expected)
+            assert torch.equal(fitted.select(phi, k, memory=lean).ranking, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_less_memory_gives_the_same_selection(kind):
+    gen = torch.Generator().manual_seed(11)
+    Phi, phi, k = torch.randn(900, 48, generator=gen).to(kind), torch.randn(7, 48, generator=gen).to(kind), 30
+    for rule in RULES.values():
+        fitted = rule().fit(Phi)
+        whole = fitted.select(phi, k)
+        for memory in (1, 100_000, 300_000):
+            assert plan(900, 48, 7, k, 8 if kind == torch.float64 else 4, memory).lean
+            less = fitted.select(phi, k, memory=memory)
+            assert torch.equal(less.ranking, whole.ranking) and torch.equal(less.gains, whole.gains)
+
+
 def test_half_precision_features():
     gen = torch.Generator().manual_seed(6)
     Phi, phi = torch.randn(200, 16, generator=gen).bfloat16(), torch.randn(3, 16, generator=gen)
