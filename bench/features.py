@@ -1,11 +1,12 @@
 """Tangent features: CPU time per example beside one plain training pass of the same batch, beside naive code and beside peers.
 
-    python bench/features.py                 all cases, about 12 minutes of CPU time, writes bench/results/features.json
+    python bench/features.py                 all cases, about 21 minutes of CPU time, writes bench/results/features.json
     python bench/features.py --quick         few examples, m = 512 only, nothing written
     python bench/features.py --only mlp-512  one case, or mlp-512-fold: one row of it; may be repeated; nothing written
 
-A case is a network and a sketch dimension m: the MLP 784-512-512-10 on Fashion-MNIST, and ResNet9 on CIFAR-10 (found as by
-`load_data`), both trained for a moment. Every contender sketches the gradient of the margin with respect to all parameters. Each row
+A case is a network and a sketch dimension m: the MLP 784-512-512-10 on Fashion-MNIST, ResNet9 on CIFAR-10 (found as by `load_data`),
+and there a ResNet-9 of the older pattern with 6.57 million parameters, all trained for a moment. A peer that multiplies by a dense
+matrix pays for parameters, a training pass for parameters times pixels, so the ratio of the two depends on the network. Every contender sketches the gradient of the margin with respect to all parameters. Each row
 is a process of its own, on one thread, and times the floor itself: forward and backward pass of the summed margins, batch by batch.
 `ms` is the steady cost of one example; what a call does before its first batch (checks, trials, a matrix that is kept) is `setup s`.
 `error` is the root mean square, over pairs of examples, of (<Sx,Sy> - <x,y>) / (|x||y|), once squared norms agree on average; `/dense`
@@ -41,31 +42,60 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from common import cpu, peak_bytes, write_record
 from infotda.data import load_data
 from infotda.features import tangent_features
-from infotda.models import MLP, ResNet9, train
+from infotda.models import MLP, ResNet9, Scale, train
 from infotda.outputs import margin
 from infotda.sketch import Projector
 
-DATA = {"mlp": "fashion_mnist", "resnet9": "cifar10"}
+DATA = {"mlp": "fashion_mnist", "resnet9": "cifar10", "resnet9large": "cifar10"}
 DIMS = (512, 4096)
-EVAL = {"mlp": 200, "resnet9": 64}              # examples whose inner products are compared
-FULL = {"mlp": 15_000, "resnet9": 160}          # examples of the cheap contenders
-QUICK = {"mlp": 2_048, "resnet9": 64}
-DENSE = {"mlp": 500, "resnet9": 64}             # of the dear ones
-BATCH = {"mlp": None, "resnet9": 32}            # of infotda and of the floor; None: the default, 256
-DENSE_BATCH = {"mlp": 500, "resnet9": 32}       # of naive code and of peers: large batches are kind to those who redraw a matrix for each
+
+
+def by_kind(mlp, resnet9):
+    "A number for the MLP, and one for both ResNets."
+    return {kind: mlp if kind == "mlp" else resnet9 for kind in DATA}
+
+
+EVAL = by_kind(200, 64)                         # examples whose inner products are compared
+FULL = by_kind(15_000, 160)                     # examples of the cheap contenders
+QUICK = by_kind(2_048, 64)
+DENSE = by_kind(500, 64)                        # of the dear ones
+BATCH = by_kind(None, 32)                       # of infotda and of the floor; None: the default, 256
+DENSE_BATCH = by_kind(500, 32)                  # of naive code and of peers: large batches are kind to those who redraw a matrix for each
 SEEDS = {"fold": 16, "sjlt": 2}
 
 
 # ---------------------------------------------------------------- networks and exact inner products
 
+class Plus(nn.Sequential):
+    "x + f(x)."
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def brick(a, b, *more):
+    return nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), *more)
+
+
+def large_resnet9():
+    "Four doublings of the channels, each after the first with a halving of the picture, and two residuals: 6,573,120 parameters."
+    normalize = nn.BatchNorm2d(3, affine=False, momentum=None)  # its averages are those of the pictures it was trained on
+    return nn.Sequential(
+        normalize, brick(3, 64), brick(64, 128, nn.MaxPool2d(2)), Plus(brick(128, 128), brick(128, 128)), brick(128, 256, nn.MaxPool2d(2)),
+        brick(256, 512, nn.MaxPool2d(2)), Plus(brick(512, 512), brick(512, 512)), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(512, 10, bias=False), Scale(0.125))
+
+
 def network(kind):
     "An untrained network."
-    return MLP([784, 512, 512, 10], bias=True, mean=(0.2860,), std=(0.3530,)) if kind == "mlp" else ResNet9()
+    if kind == "mlp":
+        return MLP([784, 512, 512, 10], bias=True, mean=(0.2860,), std=(0.3530,))
+    return ResNet9() if kind == "resnet9" else large_resnet9()
 
 
 def margins(logits, y):
@@ -258,7 +288,7 @@ def trak(task):
             return spent, torch.tensor(np.array(traker.saver.current_store["grads"]))
 
     run(4, 2)
-    if task.kind == "resnet9" and task.m > 1024:
+    if task.kind != "mlp" and task.m > 1024:
         return by_blocks(task, lambda m: run(m, 32), 32)
     spent, Phi = run(task.m)
     return {"n": task.dense, "cpu": spent / task.dense, "setup": 0.0, "Phi": Phi}
@@ -290,9 +320,9 @@ def dattri(task):
 
     run(4, 2)
     if task.m > 1024:
-        n = 32 if task.kind == "resnet9" else task.dense
+        n = task.dense if task.kind == "mlp" else 32
         return by_blocks(task, lambda m: run(m, n), n)
-    n = 32 if task.kind == "resnet9" else task.dense
+    n = task.dense if task.kind == "mlp" else 32
     spent, Phi = run(task.m, n)
     return {"n": n, "cpu": spent / n, "setup": 0.0, "Phi": Phi}
 
@@ -337,7 +367,7 @@ def forward_only(task):
 
 def slow(task, mlp, resnet9):
     "How many examples a slow form of infotda gets."
-    return {"mlp": mlp, "resnet9": resnet9}[task.kind]
+    return by_kind(mlp, resnet9)[task.kind]
 
 
 CONTENDERS = {
@@ -362,7 +392,7 @@ def measure(kind, m, name, folder, quick):
     warnings.simplefilter("ignore")
     if name in PEERS and importlib.util.find_spec(name) is None:
         return {"skipped": "not installed"}
-    if m > 1024 and (name == "fold, hooks" or (name == "rademacher" and kind == "resnet9")):
+    if m > 1024 and (name == "fold, hooks" or (name == "rademacher" and kind != "mlp")):
         return {"skipped": "see m = 512: " + ("the same engine as above" if name != "rademacher" else "eight times that cost")}
     n, model = (QUICK if quick else FULL)[kind], network(kind)
     state, x, y = torch.load(folder / f"{kind}.pt")

@@ -9,7 +9,7 @@ __all__ = ['ENGINES', 'RESERVE', 'DEFAULTS', 'FeatureRecord', 'Features', 'check
            'PassPlan', 'plan_pass', 'new_projection', 'like_projection', 'check_options', 'check_repeatable', 'settle',
            'shard_rows', 'run_pass', 'tangent_features']
 
-# %% ../nbs/14_features.ipynb #3457a909
+# %% ../nbs/14_features.ipynb #78294add
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from .core import as_indices, check_same_output, pick_device, problem, progress_bar
 from .jacobian import check_measurable, check_ready, coverage, param_shapes, plain_attention, stream_jacobian
@@ -423,7 +422,7 @@ class PassPlan:
         rows = self.rows()
         return "\n".join(f"{key:<{max(map(len, rows))}}  {value}" for key, value in rows.items())
 
-# %% ../nbs/14_features.ipynb #2e0effd4
+# %% ../nbs/14_features.ipynb #9f78e1ce
 def plan_pass(
     work: BatchWork, # settled
     source: Source, # what to read
@@ -433,6 +432,8 @@ def plan_pass(
     dtype: str = "float32", # how rows are stored
 ) -> PassPlan:
     "Measure a batch, and say what the pass will take."
+    from torch.utils.flop_counter import FlopCounterMode                # loads triton where it is installed
+
     device, m, b = work.device, work.projector.proj_dim, min(size, source.n)
     run = lambda count: measure_batch(work, first_batch(source, count, device))
     few = min(4, source.n)

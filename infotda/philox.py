@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['MASK', 'SIGNS', 'NORMALS', 'OFFSETS', 'ROW_SIGNS', 'COLUMN_SIGNS', 'PLACES', 'philox4x32', 'stream_ids',
-           'rademacher_entry', 'drawn_order', 'sign_table', 'rademacher_block', 'box_muller', 'normal_entry',
+           'rademacher_entry', 'drawn_order', 'sign_table', 'block_by_torch', 'sign_tile', 'sign_kernel',
+           'block_by_triton', 'triton_agrees', 'signs_by', 'rademacher_block', 'box_muller', 'normal_entry',
            'counted_sign', 'counted_offset', 'counted_place']
 
-# %% ../nbs/05_philox.ipynb #6c9fc681
+# %% ../nbs/05_philox.ipynb #32cde99f
 import hashlib
+import importlib.util
 import math
-from functools import lru_cache
+import warnings
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -65,11 +68,11 @@ def rademacher_entry(
     bit = 16 * (cols % 2) + 8 * (rows // 8 % 2) + 4 * (cols // 8 % 2) + cols // 16 % 4
     return 1.0 - 2.0 * (word >> bit & 1).double()
 
-# %% ../nbs/05_philox.ipynb #1c2cf762
+# %% ../nbs/05_philox.ipynb #a045a097
 def drawn_order(
     G: Tensor, # (b, width), width a multiple of 256
 ) -> Tensor: # (b, width) the same columns, permuted
-    "Permute columns into the order in which `rademacher_block` produces them."
+    "Permute columns into the order in which blocks of signs are drawn."
     b, width = G.shape
     return G.reshape(b, width // 256, 4, 4, 2, 4, 2).permute(0, 1, 5, 2, 6, 4, 3).reshape(b, width)
 
@@ -83,8 +86,8 @@ def sign_table(
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
     return (1 - 2 * bits).to(dtype)
 
-# %% ../nbs/05_philox.ipynb #51bfb3cf
-def rademacher_block(
+# %% ../nbs/05_philox.ipynb #6d607eca
+def block_by_torch(
     m: int, # rows
     start: int, # first column, a multiple of 256
     width: int, # number of columns, a multiple of 256
@@ -108,6 +111,102 @@ def rademacher_block(
     out = torch.empty(m, width, dtype=dtype, device=device) if out is None else out
     torch.index_select(table, 0, octets.reshape(-1).int(), out=out.view(-1, 8))
     return out
+
+# %% ../nbs/05_philox.ipynb #e8798f91
+def sign_tile(
+    out, # pointer to (m, 256 blocks) numbers of any floating-point type, row after row
+    m, # rows
+    blocks, # columns / 256
+    first, # first column / 256
+    stream, # which parameter; this and the key as 32-bit words
+    k0, # low word of the seed
+    k1, # high word of the seed
+):
+    "The kernel: 128 calls of the generator, and 128 signs from each."
+    call = tl.program_id(0) * 128 + tl.arange(0, 128)
+    lane, block, i = call % 4, call // 4 % blocks, call // 4 // blocks
+    c0, c1, c2, c3 = (first + block).to(tl.uint32), (4 * i + lane).to(tl.uint32), stream.to(tl.uint32), (lane * 0).to(tl.uint32)  # 0: SIGNS
+    k0, k1 = k0.to(tl.uint32), k1.to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32), (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    bit = tl.arange(0, 32)[None, :]  # k, then e, then h
+    row = (i // 8 * 16 + i % 8)[:, None] + bit // 16 * 8
+    place = out + (row.to(tl.int64) * blocks + block[:, None]) * 256 + lane[:, None] * 64 + bit % 16
+    shift = (bit // 8 % 2 * 16 + bit // 16 * 8 + bit % 8).to(tl.uint32)
+    for j in tl.static_range(4):
+        tl.store(place + 16 * j, tl.where((c0[:, None] >> shift) & 1 == 1, -1.0, 1.0).to(out.dtype.element_ty), mask=row < m)
+        c0, c1, c2 = c1, c2, c3
+
+# %% ../nbs/05_philox.ipynb #75e1952f
+@cache
+def sign_kernel():
+    "`sign_tile`, in the hands of Triton, which is imported here and nowhere else."
+    global tl
+    import triton
+    import triton.language as tl
+    return triton.jit(sign_tile, do_not_specialize=["m", "blocks", "first", "stream", "k0", "k1"])
+
+
+def block_by_triton(
+    out: Tensor, # (m, width) to write to, contiguous, width a multiple of 256
+    start: int, # first column, a multiple of 256
+    stream: int, # which parameter
+    seed: int, # 64-bit seed
+) -> Tensor: # out: signs, columns in drawn order
+    "A block of the matrix of signs, written by one kernel."
+    (m, width), signed = out.shape, lambda word: (word + 2**31) % 2**32 - 2**31
+    words = [signed(word) for word in (start // 256, stream, seed & MASK, seed >> 32)]
+    calls = -(-m // 16) * 32 * (width // 256)
+    with torch.cuda.device_of(out):
+        sign_kernel()[(-(-calls // 128),)](out.view(-1), m, width // 256, *words, enable_fp_fusion=False)
+    return out
+
+# %% ../nbs/05_philox.ipynb #859134d0
+@cache
+def triton_agrees(
+    device: torch.device, # where
+    dtype: torch.dtype, # of the signs
+    write=block_by_triton, # who is on trial
+) -> bool:
+    "Whether Triton is there and its kernel writes the signs that torch does, found out by trying."
+    if importlib.util.find_spec("triton") is None:
+        return False
+    found, (stream, seed) = torch.zeros(37, 768, dtype=dtype, device=device), (0xFEDCBA98, 0xFEDCBA98_F6543210)
+    try:
+        same = torch.equal(write(found, 768, stream, seed).float().cpu(), block_by_torch(37, 768, 768, stream, seed))
+        failure = "" if same else "other signs"
+    except Exception as error:  # whatever it is, torch can do the work
+        failure = f"{type(error).__name__}: {error}"
+    if failure:
+        warnings.warn(problem(f"the Triton kernel on {device}", "the signs of torch", failure[:300], "torch makes them, which is slower; another version of triton may do better."), stacklevel=2)
+    return not failure
+
+# %% ../nbs/05_philox.ipynb #55359876
+def signs_by(
+    device: torch.device, # where
+    dtype: torch.dtype, # of the signs
+) -> str: # "triton" or "torch"
+    "Who writes a block of signs: Triton on a GPU where its kernel has been seen to agree, else torch."
+    return "triton" if device.type == "cuda" and triton_agrees(device, dtype) else "torch"
+
+
+def rademacher_block(
+    m: int, # rows
+    start: int, # first column, a multiple of 256
+    width: int, # number of columns, a multiple of 256
+    stream: int, # which parameter
+    seed: int, # 64-bit seed
+    device=None, # where to compute
+    dtype: torch.dtype = torch.float32, # of the result
+    out: Tensor | None = None, # (m, width) to write to, of this device and type
+) -> Tensor: # (m, width) signs, columns in drawn order
+    "A block of the matrix of signs; `signs_by` tells who writes it."
+    device = torch.device(device or "cpu")
+    if signs_by(device, dtype) == "torch":
+        return block_by_torch(m, start, width, stream, seed, device, dtype, out)
+    return block_by_triton(torch.empty(m, width, dtype=dtype, device=device) if out is None else out, start, stream, seed)
 
 # %% ../nbs/05_philox.ipynb #f3495f99
 def box_muller(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROJ_TYPES', 'block_width', 'add_rademacher', 'row_scale', 'half_product', 'half_product_works',
-           'add_rademacher_half', 'add_normal', 'nonzeros', 'sjlt_entry', 'add_sjlt', 'as_shapes', 'check_projection',
-           'SketchSpec', 'split_gradients', 'SketchMatrix', 'refuse_non_finite', 'fitting_out', 'check_share',
-           'add_parameter', 'Projector', 'first_culprits', 'RunningSums', 'RunningSketch', 'split_half_reliability']
+           'add_rademacher_half', 'takes_half', 'dense_form', 'add_normal', 'nonzeros', 'sjlt_entry', 'add_sjlt',
+           'as_shapes', 'check_projection', 'SketchSpec', 'split_gradients', 'SketchMatrix', 'refuse_non_finite',
+           'fitting_out', 'check_share', 'add_parameter', 'Projector', 'first_culprits', 'RunningSums', 'RunningSketch',
+           'split_half_reliability']
 
-# %% ../nbs/12_sketch.ipynb #a778e087
+# %% ../nbs/12_sketch.ipynb #87cf6b03
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .fold import FoldSums, Workspace, add_fold, fold_entry, fold_vectors
 from .layers import batched_product
 from infotda.philox import (
     MASK, NORMALS, box_muller, counted_place, drawn_order, normal_entry, philox4x32, rademacher_block, rademacher_entry,
-    stream_ids,
+    signs_by, stream_ids,
 )
 
 # %% ../nbs/12_sketch.ipynb #218bb9a1
@@ -107,6 +108,23 @@ def add_rademacher_half(
         rademacher_block(m, start, part.shape[1], stream, seed, out.device, torch.float16, out=signs)
         total = half_product(total, drawn_order(part), signs)
     out += total / scale
+
+# %% ../nbs/12_sketch.ipynb #20a88667
+def takes_half(
+    device: torch.device, # where
+    dtype: torch.dtype, # of the sums
+) -> bool:
+    "Whether the dense sketch of signs takes 16-bit factors: on a GPU that keeps their sums in 32 bits."
+    return device.type == "cuda" and dtype == torch.float32 and half_product_works(device)
+
+
+def dense_form(
+    device: torch.device, # where
+    dtype: torch.dtype, # of the sums
+) -> str:
+    "How the dense sketch of signs is evaluated, in words."
+    factors = torch.float16 if takes_half(device, dtype) else dtype
+    return f"{8 * factors.itemsize}-bit factors, signs by {signs_by(device, factors)}"
 
 # %% ../nbs/12_sketch.ipynb #bd92a313
 def add_normal(
@@ -330,7 +348,7 @@ def check_share(
         expected = f"shape {(b, *shapes[name])}" if name in shapes else f"one of {list(shapes)[:5]}"
         raise ValueError(problem(f"gradient of {name!r}", expected, tuple(size), "give every example's gradient of a parameter of the projector."))
 
-# %% ../nbs/12_sketch.ipynb #394c6322
+# %% ../nbs/12_sketch.ipynb #6340aae2
 def add_parameter(
     out: Tensor, # (b, m) accumulates, before scaling
     G: Tensor, # (b, numel) gradients of one parameter
@@ -342,14 +360,14 @@ def add_parameter(
         before = list(spec.shapes)[: list(spec.shapes).index(name)]
         start = sum(spec.shapes[other].numel() for other in before)
         out[:, start : start + G.shape[1]] += G
-    elif spec.proj_type == "rademacher" and out.is_cuda and out.dtype == torch.float32 and half_product_works(out.device):
+    elif spec.proj_type == "rademacher" and takes_half(out.device, out.dtype):
         add_rademacher_half(out, G, spec.streams[name], spec.proj_seed)
     else:
         adders = {"fold": add_fold, "rademacher": add_rademacher, "normal": add_normal}
         add = adders.get(spec.proj_type) or partial(add_sjlt, nnz=nonzeros(spec.proj_type))
         add(out, G, spec.shapes[name], spec.streams[name], spec.proj_seed)
 
-# %% ../nbs/12_sketch.ipynb #021cc4b7
+# %% ../nbs/12_sketch.ipynb #3572af0a
 class Projector(SketchMatrix):
     "A random projection that keeps inner products; called on gradients, it gives their sketch."
 
@@ -370,6 +388,13 @@ class Projector(SketchMatrix):
         out *= self.scale
         refuse_non_finite(out, parts, start)
         return out
+
+    def form(self,
+        device="cpu", # where the gradients are
+        dtype: torch.dtype = torch.float32, # of the sums: float64 for float64 gradients, else float32
+    ) -> str:
+        "How it is evaluated there, in words, where there is a choice."
+        return dense_form(torch.device(device), dtype) if self.proj_type == "rademacher" else "torch operations"
 
     def running(self,
         b: int, # examples in a batch

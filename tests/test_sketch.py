@@ -1,6 +1,9 @@
 """Sketches of drawn layers: every way gives the same numbers, whatever the batch, the blocks, the memory or the device."""
+import importlib.util
+import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,7 @@ from infotda.fold import Workspace, add_fold, add_fold_fourier, add_fold_lookup,
 from infotda.jacobian import per_example_jacobian
 from infotda.layers import batched_product, layer_shares
 from infotda.outputs import logit
-from infotda.philox import counted_place, rademacher_block, rademacher_entry
+from infotda.philox import block_by_torch, block_by_triton, counted_place, rademacher_block, rademacher_entry, signs_by, triton_agrees
 from infotda.sketch import PROJ_TYPES, Projector, SketchMatrix, SketchSpec, add_rademacher_half, half_product_works, row_scale, split_half_reliability
 
 TYPES = [*PROJ_TYPES[:4], "sjlt-4"]
@@ -280,6 +283,88 @@ def test_block_of_signs_into_a_buffer():
     assert torch.equal(buffer.float(), rademacher_block(20, 256, 512, 3, 9))
 
 
+# ---- signs by Triton --------------------------------------------------------------------------------------
+
+INTERPRETED = """
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from infotda.philox import block_by_torch, block_by_triton, triton_agrees
+
+word = st.one_of(st.sampled_from([0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1]), st.integers(0, 2**32 - 1))
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 70), st.integers(0, 2**31 - 1), st.integers(1, 7), word, word, word, st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+def check(m, first, blocks, stream, low, high, dtype):
+    room = torch.full((m + 2, 256 * blocks), 7, dtype=dtype)
+    found = block_by_triton(room[1:-1], 256 * first, stream, high << 32 | low)
+    assert torch.equal(found.float(), block_by_torch(m, 256 * first, 256 * blocks, stream, high << 32 | low))
+    assert (room[0] == 7).all() and (room[-1] == 7).all()
+
+check()
+assert all(triton_agrees(torch.device("cpu"), dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+try:
+    block_by_triton(torch.zeros(512, 4).T, 0, 0, 0)
+except RuntimeError as error:
+    assert "view" in str(error)
+else:
+    raise AssertionError("a matrix with gaps was written to")
+"""
+
+COMPILED = """
+import infotda.philox as philox
+philox.sign_kernel()
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from triton.runtime import JITFunction
+for capability, dtype in [(80, "bf16"), (90, "fp16"), (90, "bf16"), (90, "fp32")]:
+    signature = {"out": "*" + dtype} | dict.fromkeys(["m", "blocks", "first", "stream", "k0", "k1"], "i32")
+    stages = compile(ASTSource(JITFunction(philox.sign_tile), signature), target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False}).asm
+    ptx = stages["ptx"]
+    assert f".target sm_{capability}" in ptx and "st.global" in ptx and stages["cubin"][:4] == b"\\x7fELF"
+    assert "ld.local" not in ptx and "st.local" not in ptx  # everything stays in registers
+"""
+
+needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize("script, interpret", [(INTERPRETED, "1"), (COMPILED, "0")], ids=["interpreted", "compiled for GPUs"])
+def test_triton_kernel_without_a_gpu(script, interpret, tmp_path):
+    env = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_nothing_needs_triton():
+    subprocess.run([sys.executable, "-c", """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch, infotda
+from infotda.philox import triton_agrees
+infotda.Projector({"w": (4, 300)}, 16, "rademacher")(torch.ones(2, 1200))
+assert not triton_agrees(torch.device("cpu"), torch.float16)
+"""], check=True)
+
+
+def wrong(out, start, stream, seed):
+    return out.copy_(-block_by_torch(len(out), start, out.shape[1], stream, seed))
+
+
+def fails(out, start, stream, seed):
+    raise RuntimeError("PTX of another age")
+
+
+@pytest.mark.parametrize("write, words", [(wrong, "other signs"), (fails, "RuntimeError: PTX of another age")])
+def test_a_kernel_that_does_not_agree_is_not_used(write, words, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.warns(UserWarning, match=words):
+        assert not triton_agrees(CPU, torch.float16, write)
+    with warnings.catch_warnings():  # said once
+        warnings.simplefilter("error")
+        assert not triton_agrees(CPU, torch.float16, write)
+
+
 # ---- reliability ----------------------------------------------------------------------------------------
 
 def test_reliability_predicts_another_seed():
@@ -333,3 +418,32 @@ def test_half_product_on_gpu():
         add_rademacher_half(here, G, 3, 9)
         add_rademacher_half(there, G.cuda(), 3, 9)
         assert (there.cpu() - here).norm() < 1e-5 * here.norm()
+
+
+@pytest.mark.gpu
+def test_signs_on_gpu():
+    device = torch.device("cuda", torch.cuda.current_device())
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert signs_by(device, dtype) == ("triton" if importlib.util.find_spec("triton") else "torch")
+        for m, start, width, stream, seed in [(37, 256, 768, 5, 9), (1, 0, 256, 2**32 - 1, 2**64 - 1), (4096, 2**39, 4096, 2**31, 2**63 + 5)]:
+            exact = block_by_torch(m, start, width, stream, seed)
+            for out in (None, torch.full((m, width), 7, dtype=dtype, device=device)):
+                found = rademacher_block(m, start, width, stream, seed, device, dtype, out)
+                assert found.dtype == dtype and torch.equal(found.float().cpu(), exact)
+            assert torch.equal(block_by_torch(m, start, width, stream, seed, device, dtype).float().cpu(), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
+def test_triton_kernel_on_gpu_keeps_to_its_memory():
+    room = torch.full((39, 768), 7, dtype=torch.float16, device="cuda")
+    assert torch.equal(block_by_triton(room[1:-1], 256, 5, 9).float().cpu(), block_by_torch(37, 256, 768, 5, 9))
+    assert (room[0] == 7).all() and (room[-1] == 7).all()
+
+
+@pytest.mark.gpu
+def test_a_projector_says_how():
+    form = Projector(1000, 64, "rademacher").form("cuda")
+    assert form == f"16-bit factors, signs by {signs_by(torch.device('cuda'), torch.float16)}"
+    assert Projector(1000, 64, "rademacher").form("cuda", torch.float64).startswith("64-bit factors")
+    assert Projector(1000, 64).form("cuda") == "torch operations"
