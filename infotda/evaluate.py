@@ -133,7 +133,7 @@ def summarise(
     columns = list(range(1, values.shape[1] + 1)) if columns is None else list(columns)
     return Evaluation(name, method, [line(values[:, t], at=at) for t, at in enumerate(columns)], values, seeds, settings)
 
-# %% ../nbs/50_evaluate.ipynb #e459b989
+# %% ../nbs/50_evaluate.ipynb #a008f4b0
 @dataclass(frozen=True, eq=False)
 class Retrainer:
     "Trains networks without some examples, and looks at the queries."
@@ -146,6 +146,7 @@ class Retrainer:
     cache: str | Path | None = None # a folder, for one experiment
     device: str | torch.device | None = None # None: where the model is
     progress: bool = False # a bar over the models
+    amp: bool = False # products in bfloat16, on CUDA only
 
     def logits(self,
         masks, # bool (r, n) or r lists of rows: what each network may see
@@ -155,7 +156,7 @@ class Retrainer:
         seeds = [seed for seed in self.seeds for _ in masks]
         stacked = torch.stack(masks) if isinstance(masks[0], Tensor) and masks[0].dtype == torch.bool else masks
         repeated = stacked.repeat(len(self.seeds), 1) if isinstance(stacked, Tensor) else stacked * len(self.seeds)
-        done = train_many(self.model, self.data, repeated, self.recipe, outputs=self.queries, seeds=seeds, order=self.order, cache=self.cache, device=self.device, progress=self.progress)
+        done = train_many(self.model, self.data, repeated, self.recipe, outputs=self.queries, seeds=seeds, order=self.order, cache=self.cache, device=self.device, amp=self.amp, progress=self.progress)
         return done.outputs.view(len(self.seeds), len(masks), *done.outputs.shape[1:])
 
     @cached_property
