@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in pieces of under ten minutes. Needs only python3 with torch and the
-# package's requirements; no network, no installation. A piece that is done is skipped, so a run that
-# was cut off goes on where it stopped.
+# Everything that needs a GPU, in pieces of under ten minutes: tests, benchmarks, figures in the full
+# protocol. Needs only python3 with torch and the package's requirements; no network, no installation
+# (three figures also want kronfluence, transformers or faiss). A piece that is done is skipped, and one
+# that was cut off goes on where it stopped: call it again until every line says so. Leave the code alone
+# meanwhile: what was kept of a figure belongs to the code that made it.
 #
 #   bash bench/gpu.sh            all pieces
 #   bash bench/gpu.sh NAME ...   these pieces
@@ -18,7 +20,11 @@ declare -A PIECES=(
   [tests]="$PYTHON -m pytest $(grep -l mark.gpu tests/test_*.py | tr '\n' ' ')-m gpu -q -p no:cacheprovider" # other test files want packages that need not be there
 )
 ORDER=(tests)
-for figure in nbs/figures/*.ipynb; do  # every figure in the full protocol; each goes on from its cache
+for name in device train_many; do  # benchmarks; their own records lie beside this script's
+  PIECES[bench-$name]="$PYTHON bench/$name.py --out $RESULTS/gpu_$name.json"
+  ORDER+=("bench-$name")
+done
+for figure in nbs/figures/*.ipynb; do  # every figure in the full protocol; a piece that was cut goes on from its parts when it is run again
   name=figure-$(basename "$figure" .ipynb)
   PIECES[$name]="INFOTDA_PROFILE=paper $PYTHON bench/plain.py $figure"
   ORDER+=("$name")
