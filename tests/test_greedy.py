@@ -1,4 +1,6 @@
 """The greedy rules against brute force, on drawn cases; precision, routes, pools, files, devices."""
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -227,6 +229,17 @@ def test_less_memory_gives_the_same_selection(kind):
             assert plan(900, 48, 7, k, 8 if kind == torch.float64 else 4, memory).lean
             less = fitted.select(phi, k, memory=memory)
             assert torch.equal(less.ranking, whole.ranking) and torch.equal(less.gains, whole.gains)
+
+
+@pytest.mark.parametrize("m", [12, 90])
+def test_a_fitted_rule_survives_a_pickle(m):
+    gen = torch.Generator().manual_seed(12)
+    Phi, phi = torch.randn(60, m, generator=gen), torch.randn(3, m, generator=gen)
+    for rule in RULES.values():
+        fitted = rule().fit(Phi)
+        assert torch.equal(pickle.loads(pickle.dumps(fitted)).select(phi, 5).gains, fitted.select(phi, 5).gains)
+        by_gram = pickle.loads(pickle.dumps(rule().fit_gram(Phi @ Phi.T)))
+        assert torch.equal(by_gram.select(phi @ Phi.T, 5, query_var=phi.square().sum(dim=1)).ranking, fitted.select(phi, 5).ranking)
 
 
 def test_half_precision_features():
