@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FromData', 'to_captum', 'Wrapped', 'from_captum', 'to_dattri', 'from_dattri', 'to_quanda', 'from_quanda']
 
-# %% ../nbs/43_adapters.ipynb #c96379e2
+# %% ../nbs/43_adapters.ipynb #b3bb2866
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .features import tangent_features
 from .similarity import ScoreAttributor, count_examples
 from .sources import as_source
 
-# %% ../nbs/43_adapters.ipynb #a695dcf3
+# %% ../nbs/43_adapters.ipynb #cb868d5b
 class FromData:
     "A method that takes tangent features, made into one that takes data: a feature pass goes before each verb."
 
@@ -32,10 +33,13 @@ class FromData:
     ):
         self.method, self.model, self.output, self.settings = method, model, output, settings
 
+    def __repr__(self) -> str:
+        return f"FromData({self.method!r}, {type(self.model).__name__})"
+
     def fit(self, data) -> "FromData":
         "Compute the features of the training data, and fit the method."
         self.train_ = tangent_features(self.model, data, self.output or margin(), **{"progress": False, **self.settings})
-        self.method.fit(self.train_)
+        self.method_ = copy(self.method).fit(self.train_)                    # the one that was given may serve elsewhere
         self.n_examples_ = len(self.train_)
         return self
 
@@ -46,11 +50,13 @@ class FromData:
 
     def attribute(self, queries) -> Tensor: # (n, q)
         "Scores of the method for the features of the queries."
-        return self.method.attribute(self._queries(queries))
+        phi = self._queries(queries)
+        return self.method_.attribute(phi)
 
     def select(self, queries, k: int, candidates=None):
         "The method's selection for the features of the queries."
-        return self.method.select(self._queries(queries), k, candidates)
+        phi = self._queries(queries)
+        return self.method_.select(phi, k, candidates)
 
 # %% ../nbs/43_adapters.ipynb #2ff17d06
 def to_captum(

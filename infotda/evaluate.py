@@ -9,7 +9,7 @@ __all__ = ['Evaluation', 'line', 'load_evaluation', 'compare', 'summarise', 'Ret
            'coreset_accuracy', 'as_suspicion', 'auroc', 'average_precision', 'found_curve', 'mislabel_curve',
            'LDSTruth', 'random_subsets', 'lds_truth', 'rank_correlation', 'lds', 'lds_ceiling']
 
-# %% ../nbs/50_evaluate.ipynb #da4ae2a3
+# %% ../nbs/50_evaluate.ipynb #3b1a3051
 import json
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ import scipy
 import torch
 from torch import Tensor, nn
 
-from .attribution import top_k
+from .attribution import Selection, top_k
 from .core import as_indices, environment, problem
 from .data import Data
 from .models import Recipe, predict
@@ -409,7 +409,7 @@ def backdoor_retrieval(
     lines = [line(values[:, j], metric=f"{name}@{k}") for j, name in enumerate(("recall", "MRR"))]
     return Evaluation("backdoor retrieval", method or getattr(scores, "method", "scores"), lines, values, (backdoor.seed,), {"k": k, "poison": int(backdoor.poisoned.sum()), "pool": "attack label"})
 
-# %% ../nbs/50_evaluate.ipynb #2dd49ffd
+# %% ../nbs/50_evaluate.ipynb #170a4fbb
 def coreset_rows(
     ranking, # (n',) training rows, best first
     labels: Tensor, # (n,) training labels
@@ -434,13 +434,17 @@ def coreset_rows(
 
 
 def coreset_accuracy(
-    ranking, # (n',) training rows, best first: one ranking for all queries
+    ranking, # (n',) training rows, best first, or a joint Selection: one ranking for all queries
     trainer: Retrainer, # its queries are the test set
     sizes, # how many examples to train on
     balanced: bool = False, # the same number of each class
     method: str = "ranking", # name in the table
 ) -> Evaluation: # values (sizes, q): share of seeds that are right
     "Accuracy of networks that are trained on the first examples of a ranking alone."
+    if isinstance(ranking, Selection):
+        if len(ranking.ranking) != 1:
+            raise ValueError(problem("ranking", "one for all queries", f"a Selection of {len(ranking.ranking)}", "choose jointly: select_joint(queries, k)."))
+        ranking = ranking.ranking[0]
     sizes = check_sizes(sizes, len(ranking))
     chosen = [coreset_rows(ranking, trainer.data.y, size, balanced) for size in sizes]
     right = is_right(replace(trainer, order="own").logits(chosen), trainer.queries.y).double()
@@ -479,7 +483,7 @@ def average_precision(
     from sklearn.metrics import average_precision_score  # here, too
     return float(average_precision_score(*reversed(as_suspicion(scores, wrong))))
 
-# %% ../nbs/50_evaluate.ipynb #0da3fcaa
+# %% ../nbs/50_evaluate.ipynb #8c96ece6
 def found_curve(
     scores: Tensor, # (n,) larger is more suspicious
     wrong: Tensor, # bool (n,)
@@ -499,6 +503,8 @@ def mislabel_curve(
 ) -> Evaluation: # AUROC, average precision, share found; values (n + 1,): share found after 0, 1, ... n examples
     "How well a score finds wrong labels."
     import sklearn  # here, too
+    if not all(0 < share <= 1 for share in inspected):
+        raise ValueError(problem("inspected", "shares of the data, above 0 and up to 1", list(inspected), "0.05 is the first twentieth."))
     scores, wrong = map(torch.from_numpy, as_suspicion(*(t.cpu() if isinstance(t, Tensor) else t for t in (scores, wrong))))
     pairs = torch.stack([scores, wrong.double()], dim=1)
     by = lambda measure: lambda drawn: measure(drawn[:, 0], drawn[:, 1] > 0) if 0 < drawn[:, 1].sum() < len(drawn) else math.nan

@@ -299,7 +299,7 @@ def train_modules(
     done = [descend(written_out or vmap(grad(loss)), start, part, steps, lr, momentum) for part in seen.split(size)]
     return {name: torch.cat([params[name] for params, _ in done]) for name in start}, torch.cat([norm for _, norm in done])
 
-# %% ../nbs/32_lsi.ipynb #7d4a4e9b
+# %% ../nbs/32_lsi.ipynb #6f3adfff
 ENGINES = ("newton", "tangent", "retrain")
 STRUCTURES = {"diag": DiagInformation, "kfac": KFACInformation, "full": FullInformation}
 
@@ -327,6 +327,10 @@ class LSI:
         self.probe, self.curvature, self.prior_precision, self.weight_decay = probe, curvature, prior_precision, weight_decay
         self.loo, self.steps, self.lr, self.momentum, self.loo_curvature = loo, steps, lr, momentum, loo_curvature
         self.accuracy, self.segments, self.classes, self.seed, self.progress = accuracy, segments, classes, seed, progress
+
+    def __repr__(self) -> str:
+        probe = repr(self.probe) if isinstance(self.probe, str) else type(self.probe).__name__
+        return f"LSI(probe={probe}, curvature={self.curvature!r}, loo={self.loo!r}, weight_decay={self.weight_decay:g})"
 
 # %% ../nbs/32_lsi.ipynb #275419b3
 def check_settings(
