@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in pieces of under ten minutes: tests, benchmarks, figures in the full
-# protocol. Needs only python3 with torch and the package's requirements; no network, no installation
-# (three figures also want kronfluence, transformers or faiss). A piece that is done is skipped, and one
+# protocol. Needs only python3 with torch and the package's requirements; no network, no installation.
+# The tests also want pytest and hypothesis, and some figures kronfluence, transformers with
+# sentence-transformers, bm25s or faiss; a piece says which is missing. One that is done is skipped, and one
 # that was cut off goes on where it stopped: call it again until every line says so. Leave the code alone
 # meanwhile: what was kept of a figure belongs to the code that made it.
 #
